@@ -1,0 +1,89 @@
+"""The documents' equations as pure functions of arrays, in the documents' order.
+
+Document 1, LAMA-Adam: Eqs. (1) and (6) are one function, since (1) is (6) with
+``alpha = 1``; Eq. (7), the estimator, lives in `lama_optax.estimators`.
+
+    m     = (alpha b1) m + (1 - b1) g                        Eqs. 1, 6
+    v     = b2 v + (1 - b2) g^2                              Eq. 2
+    m_hat = m / (1 - b1^t),  v_hat = v / (1 - b2^t)          Eqs. 3, 4
+    step  = m_hat / (sqrt(v_hat) + eps)                      Eq. 5
+    H     = trace / N                                        Eq. 8
+    alpha = alpha_min + (alpha_max - alpha_min) sigmoid(lambda H)   Eq. 9
+
+Document 2, LAM: v = (1 - beta) g^2 + beta v, step = g / (sqrt(v) + eps).
+
+Every function works on arrays of one floating dtype and any (broadcastable) shape;
+hyper-parameters are Python numbers or scalar arrays. The terms stand in the order in
+which `optax.scale_by_adam` adds them, so that equal arithmetic gives equal bits.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+Scalar = float | jax.Array
+
+
+def first_moment(moment: jax.Array, grad: jax.Array, decay: Scalar, weight: Scalar) -> jax.Array:
+    """Eq. (1) and Eq. (6): ``m = decay m + weight g``.
+
+    Eq. 1 is ``decay = b1``, Eq. 6 ``decay = alpha b1``, both with ``weight = 1 - b1``. The
+    ``"ema"`` form departs from the document: ``weight = 1 - alpha b1``, a true average.
+    """
+    return weight * grad + decay * moment
+
+
+def second_moment(moment: jax.Array, grad: jax.Array, b2: Scalar) -> jax.Array:
+    """Eq. (2): ``v = b2 v + (1 - b2) g^2``."""
+    return (1 - b2) * grad**2 + b2 * moment
+
+
+@functools.partial(jax.jit, inline=True)
+def bias_corrected(moments: PyTree, decay: Scalar, count: jax.Array) -> PyTree:
+    """Eq. (3) and Eq. (4): ``moment / (1 - decay^t)`` after ``t`` steps, for a tree of moments.
+
+    `optax.tree.bias_correction` to the bit; that function needs implicit dtype promotion.
+    """
+    divisor = 1 - jax.lax.pow(jnp.asarray(decay), count)
+    return jax.tree.map(lambda moment: moment / divisor.astype(moment.dtype), moments)
+
+
+def adam_step(m_hat: jax.Array, v_hat: jax.Array, eps: Scalar) -> jax.Array:
+    """Eq. (5) without the learning rate: ``m_hat / (sqrt(v_hat) + eps)``."""
+    return m_hat / (jnp.sqrt(v_hat) + eps)
+
+
+def average_curvature(trace: jax.Array, size: jax.Array) -> jax.Array:
+    """Eq. (8): ``H = trace / N``; a layer without parameters has no curvature, 0."""
+    return trace / jnp.maximum(size, 1)
+
+
+def momentum_factor(
+    curvature: jax.Array, alpha_min: Scalar, alpha_max: Scalar, sensitivity: Scalar
+) -> jax.Array:
+    """Eq. (9): ``alpha = alpha_min + (alpha_max - alpha_min) sigmoid(lambda H)``.
+
+    The clip changes nothing in exact arithmetic; it keeps rounding inside the range.
+    """
+    alpha = alpha_min + (alpha_max - alpha_min) * jax.nn.sigmoid(sensitivity * curvature)
+    return jnp.clip(alpha, alpha_min, alpha_max)
+
+
+def lam_accumulator(accumulator: jax.Array, squared_grad: jax.Array, decay: Scalar) -> jax.Array:
+    """LAM, document 2: ``v = (1 - beta) g^2 + beta v``.
+
+    ``squared_grad`` is ``g^2`` for one accumulator per weight, and the layer's mean of it
+    for one per layer (Properties 1 and 4).
+    """
+    return (1 - decay) * squared_grad + decay * accumulator
+
+
+def lam_step(grad: jax.Array, accumulator: jax.Array, eps: Scalar) -> jax.Array:
+    """LAM's step without the learning rate: ``g / (sqrt(v) + eps)``, no bias correction.
+
+    Property 1 writes ``sqrt(v + eps)``; the document's definition, used here, does not.
+    """
+    return grad / (jnp.sqrt(accumulator) + eps)

@@ -1,0 +1,331 @@
+"""LAMA-Adam without the learning rate: Adam whose momentum follows each layer's curvature.
+
+One call of ``update``: estimate H_l for every layer (Eqs. 7, 8), turn it into a factor alpha_l
+(Eq. 9), use alpha_l b1 as the layer's momentum (Eq. 6), finish as Adam does (Eqs. 2 to 5).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from lama_optax import _equations as eq
+from lama_optax._layers import Layers, LayerSpec, check_layers, match_to_params, resolve_layers
+from lama_optax._numbers import (
+    as_scalar,
+    check_count,
+    check_number,
+    check_range,
+    check_word,
+    wide_dtype,
+)
+from lama_optax.estimators import Estimator, hutchinson
+from lama_optax.estimators._protocol import as_typed_key
+
+PyTree = Any
+
+
+class LamaState(NamedTuple):
+    """State of `lama_scale`; L layers in the order of `layer_names`."""
+
+    # shape=(), dtype=int32; updates made. The name is optax's; it hides tuple.count.
+    count: jax.Array  # type: ignore[assignment]
+    mu: optax.Updates  # like params, mu_dtype; first moment, Eq. 6
+    nu: optax.Updates  # like params, at least float32; second moment, Eq. 2
+    curvature: jax.Array  # shape=(L,), float32 (float64 where a parameter is); H_l, Eq. 8
+    curvature_weight: jax.Array  # shape=(L,), same dtype; sum of the weights in `curvature`'s EMA
+    alpha: jax.Array  # shape=(L,), same dtype; Eq. 9
+    momentum: jax.Array  # shape=(L,), same dtype; min(alpha b1, max_momentum), used by Eq. 6
+    weight_sum: jax.Array  # shape=(L,), same dtype; sum of the gradients' weights in `mu`
+    key: jax.Array  # shape=(2,) for the default PRNG, dtype=uint32; raw data of the first key
+    rejected: jax.Array  # shape=(), dtype=int32; layers' estimates that were not finite
+
+
+def lama_scale(
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    alpha_min: ArrayLike = 0.5,
+    alpha_max: ArrayLike = 1.5,
+    sensitivity: ArrayLike = 0.01,
+    estimator: Estimator = hutchinson(),
+    layers: LayerSpec = "module",
+    update_interval: ArrayLike = 1,
+    curvature_decay: ArrayLike = 0.0,
+    momentum: str = "paper",
+    max_momentum: ArrayLike | None = 0.999,
+    mu_dtype: DTypeLike | None = None,
+    axis_name: str | None = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescales updates by LAMA-Adam: Adam with layer-adaptive momentum.
+
+    For every layer l with Hessian block :math:`\nabla_l^2 L` and :math:`N_l` parameters
+
+    .. math::
+      \begin{align*}
+        H_l &= \operatorname{tr}(\nabla_l^2 L) / N_l \\
+        \alpha_l &= \alpha_{\min} + (\alpha_{\max} - \alpha_{\min})
+          \operatorname{sigmoid}(\lambda H_l) \\
+        m_t &= \alpha_l b_1 m_{t-1} + (1 - b_1) g_t, \quad
+        v_t = b_2 v_{t-1} + (1 - b_2) g_t^2 \\
+        u_t &= \frac{m_t / (1 - b_1^t)}{\sqrt{v_t / (1 - b_2^t)} + \varepsilon}
+      \end{align*}
+
+    The trace is estimated from ``value_fn``, which ``update`` takes by keyword.
+
+    A layer whose estimate is not finite keeps its last finite curvature (0 before the first),
+    and ``state.rejected`` counts it. An entry whose gradient is not finite, or whose moments
+    overflow, keeps its moments and gets the update 0: nothing non-finite reaches the state.
+
+    Args:
+      b1: momentum that Eq. 9's factor multiplies, in [0, 1).
+      b2: decay of the squared gradients, in [0, 1).
+      eps: added to the denominator, outside the square root.
+      alpha_min: factor's lower limit.
+      alpha_max: factor's upper limit.
+      sensitivity: the document's lambda, in units of 1/curvature. Positive: more curvature, more
+        momentum (Eq. 9); negative: less (the document's Section 5.1).
+      estimator: of each layer's curvature, for instance ``hutchinson(num_probes=10)``.
+      layers: what one layer is: ``"module"``, ``"leaf"``, a tree of labels or a function of
+        params that returns one; see `layer_names`.
+      update_interval: estimate at every n-th step, from the first; between them no product is
+        made and the curvature stays.
+      curvature_decay: decay of a bias-corrected moving average over the estimates made, in
+        [0, 1); 0 keeps the last estimate alone.
+      momentum: ``"paper"`` is Eq. 6 with Eq. 3's correction, under which alpha moves the step size
+        too: the steady gain of the gradient is (1 - b1)/(1 - alpha b1). ``"ema"`` weighs
+        the gradient by 1 - alpha b1 and divides by the exact sum of the weights: gain 1.
+      max_momentum: upper limit of alpha b1, in [0, 1). With None, alpha b1 can pass 1 and
+        training diverge.
+      mu_dtype: dtype of the first moment; None: that of the parameters.
+      axis_name: name of the mapped axis over which curvature is averaged, inside `jax.shard_map`
+        or `jax.pmap`. Plain `jit` over sharded arrays needs none.
+      key: seed or PRNG key of the probes. Step t uses ``fold_in(key, t)``: a resumed run draws
+        the probes that an unbroken one would.
+
+    Returns:
+      A `optax.GradientTransformationExtraArgs`, whose ``update`` takes ``params`` and by keyword
+      what the estimator needs (``value_fn``: params -> scalar loss), or ``curvature``, computed
+      elsewhere: the (L,) averages, or scalars in a tree shaped like params. With ``curvature`` no
+      estimate is made. Other keywords are ignored.
+
+    Raises:
+      ValueError: at construction, for an argument that is not allowed; at ``init``, for parameters
+        that are not real floating point or ``layers`` that do not fit them; at ``update``, for a
+        missing ``value_fn``, one that returns no scalar, and parameters of another structure.
+
+    References:
+      The equations are those of the LAMA-Adam document; (7) is `hutchinson`. The state holds the
+      second moment in float32 at least, since in half precision a decay of 0.999 rounds away.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from lama_optax import lama_scale
+      >>> loss_fn = lambda params: jnp.sum((params["w"] - 1.0) ** 2)
+      >>> tx = optax.chain(lama_scale(), optax.scale_by_learning_rate(0.1))
+      >>> params = {"w": jnp.zeros(3)}
+      >>> state = tx.init(params)
+      >>> for _ in range(50):
+      ...     grads = jax.grad(loss_fn)(params)
+      ...     updates, state = tx.update(grads, state, params, value_fn=loss_fn)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(loss_fn(params) < 1e-2)
+      True
+    """
+    check_number("b1", b1, "in [0, 1)", low=0, high=1)
+    check_number("b2", b2, "in [0, 1)", low=0, high=1)
+    check_number("eps", eps, "a number of at least 0", low=0)
+    check_number("alpha_min", alpha_min, "a number of at least 0", low=0)
+    check_number("alpha_max", alpha_max, "a number of at least 0", low=0)
+    check_range("alpha_min", alpha_min, "alpha_max", alpha_max)
+    check_number("sensitivity", sensitivity, "a finite number")
+    check_count("update_interval", update_interval)
+    check_number("curvature_decay", curvature_decay, "in [0, 1)", low=0, high=1)
+    check_word("momentum", momentum, ("paper", "ema"))
+    if max_momentum is not None:
+        check_number("max_momentum", max_momentum, "None or in [0, 1)", low=0, high=1)
+    check_layers(layers)
+    if isinstance(estimator, type) or not isinstance(estimator, Estimator):
+        raise ValueError(
+            "estimator must be a record with an `estimate` method, such as"
+            f" hutchinson(num_probes=10); got {estimator!r}."
+        )
+
+    def factor_and_momentum(curvature: jax.Array) -> tuple[jax.Array, jax.Array]:
+        limits = (as_scalar(x, curvature.dtype) for x in (alpha_min, alpha_max, sensitivity))
+        alpha = eq.momentum_factor(curvature, *limits)
+        decay = alpha * as_scalar(b1, alpha.dtype)
+        if max_momentum is not None:
+            decay = jnp.minimum(decay, as_scalar(max_momentum, decay.dtype))
+        return alpha, decay
+
+    def init_fn(params: optax.Params) -> LamaState:
+        partition = resolve_layers(layers, params)
+        zeros = jnp.zeros(len(partition.names), partition.dtype)
+        alpha, decay = factor_and_momentum(zeros)
+        return LamaState(
+            count=jnp.zeros([], jnp.int32),
+            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
+            nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params),
+            curvature=zeros,
+            curvature_weight=zeros,
+            alpha=alpha,
+            momentum=decay,
+            weight_sum=zeros,
+            key=jax.random.key_data(as_typed_key(key)),
+            rejected=jnp.zeros([], jnp.int32),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: LamaState,
+        params: optax.Params | None = None,
+        *,
+        curvature: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, LamaState]:
+        _check_structure(updates, state, params)
+        partition = resolve_layers(layers, params)
+
+        def absorb(mean: jax.Array) -> _Curvature:
+            if axis_name is not None:
+                mean = jax.lax.pmean(mean, axis_name)
+            return _absorb(state, mean.astype(partition.dtype), curvature_decay)
+
+        if axis_name is not None and callable(extra_args.get("value_fn")):
+            extra_args["value_fn"] = _averaged(extra_args["value_fn"], axis_name)
+
+        def estimate() -> _Curvature:
+            root = jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(as_typed_key(key)))
+            step_key = jax.random.fold_in(root, state.count)
+            return absorb(estimator.estimate(step_key, params, partition, **extra_args).mean)
+
+        kept = _Curvature(state.curvature, state.curvature_weight, state.rejected)
+        if curvature is not None:
+            latest = absorb(_curvature_array(curvature, params, partition))
+        elif isinstance(update_interval, int) and update_interval == 1:
+            latest = estimate()
+        else:
+            due = state.count % jnp.asarray(update_interval, state.count.dtype) == 0
+            latest = jax.lax.cond(due, estimate, lambda: kept)
+
+        count = optax.safe_increment(state.count)
+        alpha, decay = factor_and_momentum(latest.mean)
+        # Eq. 6 keeps the weight 1 - b1; Eq. 3 is its correction for alpha = 1 alone.
+        gain = decay if momentum == "ema" else as_scalar(b1, decay.dtype)
+        weight = jnp.full_like(decay, 1 - gain)
+        weight_sum = eq.first_moment(state.weight_sum, jnp.ones_like(decay), decay, weight)
+
+        def first_moment(
+            g: jax.Array, m: jax.Array, decay: jax.Array, weight: jax.Array
+        ) -> jax.Array:
+            return eq.first_moment(m.astype(decay.dtype), g.astype(decay.dtype), decay, weight)
+
+        def second_moment(g: jax.Array, v: jax.Array) -> jax.Array:
+            return eq.second_moment(v, g.astype(v.dtype), as_scalar(b2, v.dtype))
+
+        def step(m_hat: jax.Array, v_hat: jax.Array) -> jax.Array:
+            return eq.adam_step(m_hat, v_hat, as_scalar(eps, v_hat.dtype))
+
+        of_leaf = functools.partial(partition.spread, tree=updates)
+        mu = jax.tree.map(first_moment, updates, state.mu, of_leaf(decay), of_leaf(weight))
+        nu = jax.tree.map(second_moment, updates, state.nu)
+        if momentum == "ema":
+            mu_hat = jax.tree.map(jnp.divide, mu, of_leaf(weight_sum))
+        else:
+            mu_hat = eq.bias_corrected(mu, as_scalar(b1, decay.dtype), count)
+        nu_hat = eq.bias_corrected(nu, as_scalar(b2, decay.dtype), count)
+        new_updates = jax.tree.map(step, mu_hat, nu_hat)
+
+        mu = optax.tree.cast_like(mu, state.mu)
+
+        def all_finite(*arrays: jax.Array) -> jax.Array:
+            return functools.reduce(jnp.logical_and, map(jnp.isfinite, arrays))
+
+        finite = jax.tree.map(all_finite, new_updates, mu, nu)
+        new_updates = jax.tree.map(jnp.where, finite, new_updates, optax.tree.zeros_like(nu))
+        return optax.tree.cast_like(new_updates, updates), LamaState(
+            count=count,
+            mu=jax.tree.map(jnp.where, finite, mu, state.mu),
+            nu=jax.tree.map(jnp.where, finite, nu, state.nu),
+            curvature=latest.mean,
+            curvature_weight=latest.weight,
+            alpha=alpha,
+            momentum=decay,
+            weight_sum=weight_sum,
+            key=state.key,
+            rejected=latest.rejected,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Curvature(NamedTuple):
+    """What `LamaState` keeps of the curvature from one step to the next."""
+
+    mean: jax.Array  # shape=(L,)
+    weight: jax.Array  # shape=(L,)
+    rejected: jax.Array  # shape=()
+
+
+def _absorb(state: LamaState, mean: jax.Array, decay: ArrayLike) -> _Curvature:
+    """Averages a new estimate in; a layer where that is not finite keeps what it had."""
+    decay = as_scalar(decay, mean.dtype)
+    weight = decay * state.curvature_weight + (1 - decay)
+    average = (decay * state.curvature_weight * state.curvature + (1 - decay) * mean) / weight
+    finite = jnp.isfinite(average)
+    return _Curvature(
+        mean=jnp.where(finite, average, state.curvature),
+        weight=jnp.where(finite, weight, state.curvature_weight),
+        rejected=state.rejected + jnp.sum(~finite, dtype=state.rejected.dtype),
+    )
+
+
+def _curvature_array(curvature: Any, params: PyTree, partition: Layers) -> jax.Array:
+    """The (L,) averages from themselves or from a scalar for each leaf, weighted by its size."""
+    num_layers = len(partition.names)
+    if isinstance(curvature, jax.Array | np.ndarray) and np.ndim(curvature) > 0:
+        if curvature.shape != (num_layers,):
+            raise ValueError(
+                f"curvature must have shape ({num_layers},), one entry a layer, or be a tree of"
+                f" scalars shaped like params; got shape {curvature.shape} for the layers"
+                f" {partition.names}."
+            )
+        return jnp.asarray(curvature)
+    leaf_means = match_to_params("curvature", curvature, params)
+    if any(jnp.ndim(mean) != 0 for mean in leaf_means):
+        raise ValueError("curvature must hold scalars where it is a tree; got arrays.")
+    leaf_sums = [
+        jnp.asarray(mean, partition.dtype) * np.size(leaf)
+        for mean, leaf in zip(leaf_means, jax.tree.leaves(params), strict=True)
+    ]
+    return eq.average_curvature(partition.sum(leaf_sums), partition.size_array())
+
+
+def _check_structure(updates: PyTree, state: LamaState, params: PyTree) -> None:
+    if params is None:
+        raise ValueError(
+            "params is missing: call tx.update(grads, state, params, value_fn=lambda p: loss(p))."
+        )
+    expected: Any = jax.tree.structure(state.mu)
+    for name, tree in (("updates", updates), ("params", params)):
+        structure: Any = jax.tree.structure(tree)
+        if structure != expected:
+            raise ValueError(
+                f"{name} must have the structure that `init` saw, {expected}; got"
+                f" {structure}. Call tx.init(params) again when the model changes."
+            )
+
+
+def _averaged(value_fn: Callable[[PyTree], Any], axis_name: str) -> Callable[[PyTree], Any]:
+    """The mean of ``value_fn`` over the replicas, so that its gradient is that of the mean too."""
+    return lambda p: jax.tree.map(lambda x: jax.lax.pmean(x, axis_name), value_fn(p))

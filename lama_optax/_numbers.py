@@ -1,0 +1,71 @@
+"""Numbers that users pass: checks at construction, and the dtype they are used in."""
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+
+def check_number(
+    name: str, value: Any, allowed: str, *, low: float = -np.inf, high: float = np.inf
+) -> None:
+    """Raises `ValueError` unless ``value`` is a finite number in ``[low, high)``.
+
+    A traced array passes: its value is not known yet (`optax.inject_hyperparams`).
+    """
+    if high == 1 and isinstance(value, jax.Array) and value.dtype.itemsize < 4:
+        raise ValueError(
+            f"{name} came as {value.dtype}, which rounds decays such as 0.999 to 1. Pass"
+            " hyperparam_dtype=jnp.float32 to optax.inject_hyperparams."
+        )
+    if isinstance(value, jax.core.Tracer):
+        return
+    if callable(value):
+        raise ValueError(
+            f"{name} must be a number, {allowed}; got the function {value!r}. To schedule it, wrap"
+            f" the optimizer: optax.inject_hyperparams(lama_adam)(..., {name}=schedule)."
+        )
+    is_number = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    if not is_number or np.shape(value) != () or not low <= float(value) < high:
+        raise ValueError(f"{name} must be {allowed}; got {value!r}.")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises `ValueError` unless ``value`` is a traced array or an integer of at least 1."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    is_integer = isinstance(value, int | np.integer) or (
+        isinstance(value, np.ndarray | jax.Array) and np.issubdtype(value.dtype, np.integer)
+    )
+    if isinstance(value, bool) or not is_integer or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
+
+
+def check_range(low_name: str, low: Any, high_name: str, high: Any) -> None:
+    """Raises `ValueError` if both limits are known and the lower one is above the upper one."""
+    traced = isinstance(low, jax.core.Tracer) or isinstance(high, jax.core.Tracer)
+    if not traced and low > high:
+        raise ValueError(f"{low_name} must be at most {high_name}; got {low!r} > {high!r}.")
+
+
+def check_word(name: str, value: Any, allowed: Collection[str]) -> None:
+    """Raises `ValueError` unless ``value`` is one of the ``allowed`` words."""
+    if not isinstance(value, str) or value not in allowed:
+        words = ", ".join(repr(word) for word in allowed)
+        raise ValueError(f"{name} must be one of {words}; got {value!r}.")
+
+
+def wide_dtype(leaf: jax.Array) -> np.dtype:
+    """The dtype of a leaf's arithmetic: its own, but at least float32."""
+    return jnp.dtype(jnp.float64 if jnp.result_type(leaf) == jnp.float64 else jnp.float32)
+
+
+def as_scalar(x: ArrayLike, dtype: DTypeLike) -> float | jax.Array:
+    """A hyper-parameter in ``dtype``.
+
+    A plain number stays one: its dtype is weak, and ``1 - b`` is then taken in double precision.
+    """
+    return float(x) if isinstance(x, int | float) else jnp.asarray(x, dtype)

@@ -1,0 +1,49 @@
+"""Random probes v with E[v v^T] = I, one tree shaped like the parameters.
+
+Each leaf's probe has that leaf's dtype, so that mixed bfloat16 and float32 parameters work.
+Different leaves get independent bits, and the bits do not depend on how a leaf is sharded.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lama_optax._layers import Layers
+
+PyTree = Any
+
+
+def rademacher(key: jax.Array, params: PyTree, layers: Layers) -> PyTree:
+    """Entries +1 or -1: the least variance for a diagonal Hessian, none."""
+    del layers
+    return optax.tree.random_like(key, params, jax.random.rademacher)
+
+
+def gaussian(key: jax.Array, params: PyTree, layers: Layers) -> PyTree:
+    """Entries from N(0, 1): ``Var[v^T H v] = 2 ||H||_F^2`` for symmetric H."""
+    del layers
+    return optax.tree.random_like(key, params, jax.random.normal)
+
+
+def sphere(key: jax.Array, params: PyTree, layers: Layers) -> PyTree:
+    """Each layer's block uniform on the sphere of radius sqrt(N_l).
+
+    Exact for a multiple of the identity. Blocks are normalised layer by layer, so that one
+    layer's length carries no noise of the others.
+    """
+    normal = optax.tree.random_like(key, optax.tree.cast(params, layers.dtype), jax.random.normal)
+    squared_norm = layers.sum(jax.tree.map(jnp.square, normal))
+    # A layer without parameters has norm 0 and no entry to scale.
+    scale = jnp.sqrt(layers.size_array() / jnp.where(squared_norm > 0, squared_norm, 1))
+    probe = jax.tree.map(jnp.multiply, normal, layers.spread(scale, params))
+    return optax.tree.cast_like(probe, params)
+
+
+PROBES: dict[str, Callable[[jax.Array, PyTree, Layers], PyTree]] = {
+    "rademacher": rademacher,
+    "gaussian": gaussian,
+    "sphere": sphere,
+}

@@ -1,0 +1,81 @@
+"""What a running LAMA optimizer knows of each layer, ready for a logger."""
+
+from typing import Any
+
+import jax
+
+from lama_optax._lama import LamaState
+from lama_optax._layers import LayerSpec, is_masked, resolve_layers
+
+PyTree = Any
+
+
+def layer_report(
+    opt_state: PyTree, params: PyTree, layers: LayerSpec = "module"
+) -> dict[str, dict[str, float | int]]:
+    """Reads curvature, alpha and momentum of each layer out of an optimizer's state.
+
+    Args:
+      opt_state: any optax state that holds one or more `LamaState`, however deep: in a
+        `optax.chain`, under `optax.masked`, `optax.partition`, `optax.MultiSteps` and so on.
+      params: the parameters that the state was made for.
+      layers: the same as the optimizer's.
+
+    Returns:
+      name of the layer -> ``{"curvature": H_l, "alpha": alpha_l, "momentum": alpha_l b1 (after
+      max_momentum), "size": N_l}``, as Python numbers. Call it outside `jax.jit`.
+
+    Raises:
+      ValueError: if ``opt_state`` holds no `LamaState`, or one that does not fit ``layers``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from lama_optax import lama_adam, layer_report
+      >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+      >>> state = lama_adam(1e-3).init(params)
+      >>> layer_report(state, params)["Dense_0"]["size"]
+      9
+    """
+    states = [
+        leaf
+        for leaf in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, LamaState))
+        if isinstance(leaf, LamaState)
+    ]
+    if not states:
+        raise ValueError(
+            "opt_state must hold the state of lama_scale or lama_adam; none was found."
+        )
+    report: dict[str, dict[str, float | int]] = {}
+    for state in states:
+        partition = resolve_layers(layers, _params_of(state, params))
+        if len(partition.names) != len(state.alpha):
+            raise ValueError(
+                f"layers must be what the optimizer was given; it has {len(state.alpha)} layers,"
+                f" layers={layers!r} gives {len(partition.names)}."
+            )
+        columns = jax.device_get((state.curvature, state.alpha, state.momentum))
+        for name, size, *values in zip(partition.names, partition.sizes, *columns, strict=True):
+            curvature, alpha, momentum = (float(value) for value in values)
+            report[name] = {
+                "curvature": curvature,
+                "alpha": alpha,
+                "momentum": momentum,
+                "size": size,
+            }
+    return report
+
+
+def _params_of(state: LamaState, params: PyTree) -> PyTree:
+    """``params`` with the parts hidden that `optax.masked` hid from this state."""
+    try:
+        return jax.tree.map(
+            lambda moment, p: moment if is_masked(moment) else p,
+            state.mu,
+            params,
+            is_leaf=is_masked,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"params must have the structure that opt_state was made for,"
+            f" {jax.tree.structure(state.mu)}; got {jax.tree.structure(params)}."
+        ) from error

@@ -1,0 +1,183 @@
+"""Hutchinson's estimator: trace(H_l) ~ (1/K) sum_k v_k^T H_l v_k, the documents' Eq. 7.
+
+The Hessian is never formed; ``H v`` is one differentiation of the gradient along ``v``.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lama_optax._equations import average_curvature
+from lama_optax._layers import Layers
+from lama_optax._numbers import check_count, check_number, check_word
+from lama_optax._probes import PROBES
+from lama_optax.estimators._protocol import LayerCurvature, scalar_objective
+
+PyTree = Any
+
+# With `chunk_size=None`, as many probes are vmapped as hold this many parameters together:
+# all of them for small models, where a loop is bound by its overhead, and one at a time for
+# large ones, where on a CPU the vmapped products are bound by memory.
+_DEFAULT_CHUNK_PARAMETERS = 2**14
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hutchinson:
+    """Settings of `hutchinson`."""
+
+    num_probes: int
+    probe: str
+    hvp: str
+    fd_step: float
+    scope: str
+    chunk_size: int | None
+    has_aux: bool
+
+    def estimate(
+        self,
+        key: jax.Array,
+        params: PyTree,
+        layers: Layers,
+        *,
+        value_fn: Callable[[PyTree], Any] | None = None,
+        **extra_args: Any,
+    ) -> LayerCurvature:
+        """Eq. (7): the mean over K probes of ``v^T H_l v``, over N_l, for every layer l."""
+        del extra_args
+        objective = scalar_objective(value_fn, params, self.has_aux)
+        size = layers.size_array()
+        hvp = self._hessian_vector_product(objective, params)
+
+        def quadratic_forms(probe: PyTree) -> jax.Array:
+            products = jax.tree.map(
+                lambda v, hv: v.astype(layers.dtype) * hv.astype(layers.dtype), probe, hvp(probe)
+            )
+            return average_curvature(layers.sum(products), size)
+
+        def sample(probe_key: jax.Array) -> jax.Array:
+            probe = PROBES[self.probe](probe_key, params, layers)
+            if self.scope == "joint":
+                return quadratic_forms(probe)
+
+            def one_layer(mask: jax.Array) -> jax.Array:
+                masked = jax.tree.map(
+                    lambda v, m: v * m.astype(v.dtype), probe, layers.spread(mask, params)
+                )
+                return jnp.vdot(mask, quadratic_forms(masked))
+
+            return jax.lax.map(one_layer, jnp.eye(len(layers.names), dtype=layers.dtype))
+
+        keys = jax.random.split(key, self.num_probes)
+        samples = _map(sample, keys, self._chunk(layers))
+        return LayerCurvature(
+            mean=jnp.mean(samples, axis=0),
+            std_error=_standard_error(samples),
+            size=jnp.asarray(layers.sizes, jnp.int32).reshape(len(layers.sizes)),
+        )
+
+    def _hessian_vector_product(
+        self, objective: Callable[[PyTree], jax.Array], params: PyTree
+    ) -> Callable[[PyTree], PyTree]:
+        gradient = jax.grad(objective)
+        if self.hvp == "exact":
+            return lambda v: jax.jvp(gradient, (params,), (v,))[1]
+
+        # H v ~ (grad L(theta + delta v) - grad L(theta)) / delta
+        at_params = gradient(params)
+
+        def finite_difference(v: PyTree) -> PyTree:
+            shifted = jax.tree.map(
+                lambda p, d: p + jnp.asarray(self.fd_step, p.dtype) * d, params, v
+            )
+            return jax.tree.map(
+                lambda g1, g0: (g1 - g0) / jnp.asarray(self.fd_step, g0.dtype),
+                gradient(shifted),
+                at_params,
+            )
+
+        return finite_difference
+
+    def _chunk(self, layers: Layers) -> int:
+        if self.chunk_size is not None:
+            return self.chunk_size
+        return max(1, _DEFAULT_CHUNK_PARAMETERS // max(1, sum(layers.sizes)))
+
+
+def _map(fn: Callable[[jax.Array], jax.Array], keys: jax.Array, chunk: int) -> jax.Array:
+    if chunk >= keys.shape[0]:
+        return jax.vmap(fn)(keys)
+    return jax.lax.map(fn, keys, batch_size=None if chunk == 1 else chunk)
+
+
+def _standard_error(samples: jax.Array) -> jax.Array:
+    num_probes = samples.shape[0]
+    if num_probes == 1:
+        return jnp.full_like(samples[0], jnp.nan)
+    return jnp.std(samples, axis=0, ddof=1) / jnp.sqrt(jnp.asarray(num_probes, samples.dtype))
+
+
+def hutchinson(
+    num_probes: int = 10,
+    *,
+    probe: str = "rademacher",
+    hvp: str = "exact",
+    fd_step: float = 1e-2,
+    scope: str = "joint",
+    chunk_size: int | None = None,
+    has_aux: bool = False,
+) -> _Hutchinson:
+    r"""Hutchinson's estimator of each layer's average curvature.
+
+    .. math::
+      H_l = \frac{1}{N_l} \operatorname{tr}(\nabla^2_l L)
+        \approx \frac{1}{N_l K} \sum_{k=1}^{K} v_k^\top \nabla^2_l L\, v_k,
+      \qquad \mathbb{E}[v v^\top] = I
+
+    The standard error is the samples' standard deviation over :math:`\sqrt K`. One probe has no
+    standard error: it is NaN with ``num_probes=1``.
+
+    Args:
+      num_probes: K, the number of probes; static.
+      probe: distribution of the probes: ``"rademacher"``, ``"gaussian"`` or ``"sphere"`` (each
+        layer's block on the sphere of radius :math:`\sqrt{N_l}`).
+      hvp: ``"exact"`` (`jax.jvp` of `jax.grad`) or ``"finite_difference"`` (of gradients; for
+        losses that cannot be differentiated twice).
+      fd_step: the finite difference's step delta, in units of the parameters.
+      scope: ``"joint"``: one probe over all layers, K products in all; the other layers' entries
+        add noise. ``"block"``: one layer at a time, K L products, no noise from the others.
+      chunk_size: how many probes are vmapped at once; the others wait in a loop. Changes memory
+        and speed only. None: many for small models, one for large ones.
+      has_aux: whether ``value_fn`` returns ``(value, aux)``.
+
+    Returns:
+      An estimator that needs ``value_fn`` (params -> scalar loss) by keyword, from
+      ``tx.update`` or `layer_curvature`.
+
+    Raises:
+      ValueError: naming the argument, its value and what is allowed.
+
+    References:
+      Hutchinson, `A Stochastic Estimator of the Trace of the Influence Matrix for Laplacian
+      Smoothing Splines <https://doi.org/10.1080/03610919008812866>`_, 1990
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from lama_optax import hutchinson, layer_curvature
+      >>> value_fn = lambda p: jnp.sum(jnp.sin(p["w"]) * p["w"])
+      >>> estimate = layer_curvature(
+      ...     {"w": jnp.zeros(4)}, 0, estimator=hutchinson(num_probes=3), value_fn=value_fn
+      ... )
+      >>> estimate.mean.tolist()
+      [2.0]
+    """
+    check_count("num_probes", num_probes)
+    check_word("probe", probe, tuple(PROBES))
+    check_word("hvp", hvp, ("exact", "finite_difference"))
+    check_number("fd_step", fd_step, "a positive number", low=1e-30)
+    check_word("scope", scope, ("joint", "block"))
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
+    return _Hutchinson(num_probes, probe, hvp, fd_step, scope, chunk_size, has_aux)

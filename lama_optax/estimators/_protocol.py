@@ -1,0 +1,142 @@
+"""What an estimator is, what it returns, and how to call one outside an optimizer."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from lama_optax._layers import Layers, LayerSpec, is_masked, resolve_layers
+
+PyTree = Any
+
+
+class LayerCurvature(NamedTuple):
+    """Each layer's average curvature ``trace(H_l) / N_l`` (Eq. 8) and how well it is known."""
+
+    mean: jax.Array  # shape=(L,), float32 (float64 where a parameter is); trace = mean * size
+    std_error: jax.Array  # shape=(L,), same dtype; one standard error of `mean`, NaN if unknown
+    size: jax.Array  # shape=(L,), dtype=int32; number of parameters N_l
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """A record of settings with one method; never itself callable.
+
+    `optax.inject_hyperparams` takes every callable argument for a schedule and every number for
+    an array: settings that must be static live inside the record.
+    """
+
+    def estimate(
+        self, key: jax.Array, params: PyTree, layers: Layers, **extra_args: Any
+    ) -> LayerCurvature:
+        """Estimates every layer's average curvature at ``params``.
+
+        Args:
+          key: PRNG key for this estimate alone.
+          params: pytree of real floating-point arrays.
+          layers: the partition of its leaves.
+          **extra_args: what the caller of ``update`` passed; an estimator names what it needs
+            and ignores the rest.
+        """
+        ...
+
+
+def layer_curvature(
+    params: PyTree,
+    key: int | jax.Array,
+    *,
+    estimator: Estimator,
+    layers: LayerSpec = "module",
+    **estimator_args: Any,
+) -> LayerCurvature:
+    """Estimates each layer's average curvature outside an optimizer.
+
+    Args:
+      params: pytree of real floating-point arrays, any mixture of dtypes.
+      key: a seed or a PRNG key.
+      estimator: for instance `hutchinson` or `exact_trace`.
+      layers: what one layer is, see `layer_names`.
+      **estimator_args: what the estimator needs, by name: ``value_fn`` for those above.
+
+    Returns:
+      A `LayerCurvature` of three ``(L,)`` arrays, in the order of `layer_names`. The trace of
+      a layer's Hessian block is ``mean * size``, its standard error ``std_error * size``.
+
+    Raises:
+      ValueError: if an argument of the estimator is missing, or ``params`` has a leaf that is
+        not real floating point.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from lama_optax import exact_trace, hutchinson, layer_curvature
+      >>> params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+      >>> loss = lambda p: jnp.sum(p["a"] ** 2) + 2 * jnp.sum(p["b"] ** 2)
+      >>> layer_curvature(params, 0, estimator=exact_trace(), value_fn=loss).mean.tolist()
+      [2.0, 4.0]
+      >>> estimate = layer_curvature(params, 0, estimator=hutchinson(), value_fn=loss)
+      >>> estimate.mean.tolist(), estimate.std_error.tolist(), estimate.size.tolist()
+      ([2.0, 4.0], [0.0, 0.0], [3, 2])
+    """
+    return estimator.estimate(
+        as_typed_key(key), params, resolve_layers(layers, params), **estimator_args
+    )
+
+
+def as_typed_key(key: int | jax.Array) -> jax.Array:
+    """A typed PRNG key from a seed, raw key data or a typed key."""
+    if jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+        return jnp.asarray(key)
+    if jnp.ndim(key) == 0:
+        return jax.random.key(key)
+    return jax.random.wrap_key_data(jnp.asarray(key))
+
+
+def scalar_objective(
+    value_fn: Callable[[PyTree], Any] | None, params: PyTree, has_aux: bool
+) -> Callable[[PyTree], jax.Array]:
+    """Checks ``value_fn`` and drops its auxiliary output.
+
+    Raises:
+      ValueError: if ``value_fn`` is missing or returns no real scalar, or if ``params`` are
+        partly hidden, so that ``value_fn`` could not be evaluated on them.
+    """
+    if value_fn is None:
+        raise ValueError(
+            "value_fn is missing: the curvature is estimated from it. Pass the loss as a function"
+            " of params alone, for instance tx.update(grads, state, params,"
+            " value_fn=lambda p: loss_fn(p, batch)), or pass curvature=..."
+        )
+    if not callable(value_fn):
+        raise ValueError(f"value_fn must be a function of params; got {value_fn!r}.")
+    if any(is_masked(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_masked)):
+        raise ValueError(
+            "value_fn cannot be evaluated here: optax.masked or optax.partition has hidden a part"
+            " of params (MaskedNode). Estimate on the whole params and pass the result, shaped like"
+            " params, as curvature=: c = layer_curvature(params, key, estimator=hutchinson(),"
+            " layers='leaf', value_fn=...); tx.update(grads, state, params,"
+            " curvature=jax.tree.unflatten(jax.tree.structure(params), c.mean))."
+        )
+
+    def objective(p: PyTree) -> jax.Array:
+        value = value_fn(p)
+        if has_aux:
+            if not isinstance(value, tuple) or len(value) != 2:
+                raise ValueError(
+                    f"value_fn must return (value, aux) with has_aux=True; got {type(value)}."
+                )
+            value = value[0]
+        elif isinstance(value, tuple):
+            raise ValueError(
+                "value_fn must return a scalar; it returned a tuple. If that is (value, aux), use"
+                " has_aux=True, for instance estimator=hutchinson(has_aux=True)."
+            )
+        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise ValueError(
+                "value_fn must return a real floating-point scalar; got shape"
+                f" {jnp.shape(value)} and dtype {jnp.result_type(value)}. Reduce the loss over the"
+                " batch, for instance with jnp.mean."
+            )
+        return jnp.asarray(value)
+
+    return objective

@@ -7,6 +7,7 @@ from lama_optax._lam import lam_scale as lam_scale
 from lama_optax._lama import LamaState as LamaState
 from lama_optax._lama import lama_scale as lama_scale
 from lama_optax._layers import layer_names as layer_names
+from lama_optax._layers import stacked as stacked
 from lama_optax._report import layer_report as layer_report
 from lama_optax.estimators import Estimator as Estimator
 from lama_optax.estimators import LayerCurvature as LayerCurvature

@@ -302,12 +302,18 @@ def _curvature_array(curvature: Any, params: PyTree, partition: Layers) -> jax.A
             )
         return jnp.asarray(curvature)
     leaf_means = match_to_params("curvature", curvature, params)
-    if any(jnp.ndim(mean) != 0 for mean in leaf_means):
-        raise ValueError("curvature must hold scalars where it is a tree; got arrays.")
-    leaf_sums = [
-        jnp.asarray(mean, partition.dtype) * np.size(leaf)
-        for mean, leaf in zip(leaf_means, jax.tree.leaves(params), strict=True)
-    ]
+    leaf_sums = []
+    for mean, leaf, depth in zip(
+        leaf_means, jax.tree.leaves(params), partition.leaf_depth, strict=True
+    ):
+        shape = () if depth is None else (depth,)
+        if jnp.shape(mean) not in ((), shape):
+            raise ValueError(
+                "curvature must hold a scalar for each leaf (or one for each stacked layer) where"
+                f" it is a tree; got shape {jnp.shape(mean)} for a leaf of shape {leaf.shape}."
+            )
+        means = jnp.broadcast_to(jnp.asarray(mean, partition.dtype), shape)
+        leaf_sums.append(means * (np.size(leaf) // (depth or 1)))
     return eq.average_curvature(partition.sum(leaf_sums), partition.size_array())
 
 

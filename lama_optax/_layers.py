@@ -4,6 +4,7 @@ Every array of shape ``(L,)`` in this library is in the order of `layer_names`: 
 in the order in which their first leaf appears in the flattened parameters.
 """
 
+import collections
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ import optax
 from lama_optax._numbers import check_word, wide_dtype
 
 PyTree = Any
-#: ``"module"``, ``"leaf"``, a params-shaped tree (or prefix) of labels, or a function of
-#: params that returns one.
+#: ``"module"``, ``"leaf"``, a params-shaped tree (or prefix) of labels, a function of params that
+#: returns one, or `stacked`.
 LayerSpec = str | PyTree | Callable[[PyTree], PyTree]
 
 
@@ -25,7 +26,8 @@ class Layers(NamedTuple):
 
     names: tuple[str, ...]  # length L, unique
     sizes: tuple[int, ...]  # length L, number of parameters
-    leaf_layer: tuple[int, ...]  # the layer's number of each leaf, in the tree's order
+    leaf_layer: tuple[int, ...]  # of each leaf, in the tree's order: number of its (first) layer
+    leaf_depth: tuple[int | None, ...]  # of each leaf: layers along its leading axis, None: one
     dtype: np.dtype  # of every (L,) array: float32, or float64 where a leaf is
 
     def sum(self, tree: PyTree) -> jax.Array:
@@ -34,29 +36,71 @@ class Layers(NamedTuple):
         Leaf by leaf instead of one scatter: scatters refuse operands sharded over a mesh with
         explicit axis types, and sums of half-precision leaves are taken in `dtype`.
         """
-        totals: list[Any] = [jnp.zeros((), self.dtype) for _ in self.names]
-        for layer, leaf in zip(self.leaf_layer, jax.tree.leaves(tree), strict=True):
-            totals[layer] += jnp.sum(leaf, dtype=self.dtype)
-        return jnp.stack(totals) if totals else jnp.zeros((0,), self.dtype)
+        totals: dict[int, jax.Array] = {}
+        for layer, depth, leaf in zip(
+            self.leaf_layer, self.leaf_depth, jax.tree.leaves(tree), strict=True
+        ):
+            axes = None if depth is None else tuple(range(1, leaf.ndim))
+            total = jnp.sum(leaf, axis=axes, dtype=self.dtype).reshape(depth or 1)
+            totals[layer] = totals[layer] + total if layer in totals else total
+        parts = [totals[layer] for layer in sorted(totals)]
+        return jnp.concatenate(parts) if parts else jnp.zeros((0,), self.dtype)
 
     def spread(self, values: jax.Array, tree: PyTree) -> PyTree:
         """Gives each leaf of ``tree`` its layer's entry of ``values`` (L,), as a scalar.
 
-        The scalar has the dtype of the leaf's arithmetic, or is a boolean if ``values`` are.
+        A leaf of several layers gets its entries as an array of shape (depth, 1, ...). They have
+        the dtype of the leaf's arithmetic, or are booleans if ``values`` are.
         """
         leaves, treedef = jax.tree.flatten(tree)
         is_bool = values.dtype == jnp.bool_
-        return jax.tree.unflatten(
-            treedef,
-            [
-                values[layer].astype(values.dtype if is_bool else wide_dtype(leaf))
-                for layer, leaf in zip(self.leaf_layer, leaves, strict=True)
-            ],
-        )
+
+        def entry(layer: int, depth: int | None, leaf: jax.Array) -> jax.Array:
+            own = values[layer]
+            if depth is not None:
+                own = values[layer : layer + depth].reshape(depth, *[1] * (leaf.ndim - 1))
+            return own if is_bool else own.astype(wide_dtype(leaf))
+
+        entries = map(entry, self.leaf_layer, self.leaf_depth, leaves)
+        return jax.tree.unflatten(treedef, list(entries))
 
     def size_array(self) -> jax.Array:
         """The number of parameters of each layer, shape (L,), in `dtype`."""
         return jnp.asarray(self.sizes, self.dtype).reshape(len(self.sizes))
+
+
+class _Stacked(NamedTuple):
+    """Settings of `stacked`."""
+
+    modules: tuple[str, ...]
+    layers: LayerSpec
+
+
+def stacked(*modules: str, layers: LayerSpec = "module") -> _Stacked:
+    """Counts parameters that a scan stacked along their leading axis as one layer a slice.
+
+    Args:
+      *modules: names in a leaf's path, such as ``"blocks"``; every leaf below one of them has
+        the depth as its leading axis (`flax.linen.scan`, `flax.nnx.vmap`, `jax.lax.scan`).
+      layers: what one layer is apart from that, see `layer_names`.
+
+    Returns:
+      A value for every ``layers`` argument of this library.
+
+    Raises:
+      ValueError: if ``modules`` is empty or holds something else than strings.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from lama_optax import layer_names, stacked
+      >>> dense = {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.ones((2, 3))}
+      >>> layer_names({"blocks": dense, "head": {"kernel": jnp.ones((3, 1))}}, stacked("blocks"))
+      ('blocks[0]', 'blocks[1]', 'head')
+    """
+    if not modules or not all(isinstance(module, str) for module in modules):
+        raise ValueError(f"modules must be one or more names, such as 'blocks'; got {modules!r}.")
+    check_layers(layers)
+    return _Stacked(modules, layers)
 
 
 def check_layers(layers: LayerSpec) -> None:
@@ -71,14 +115,17 @@ def resolve_layers(layers: LayerSpec, params: PyTree) -> Layers:
     Leaves hidden by `optax.masked` or `optax.partition` (`optax.MaskedNode`) are in no layer.
 
     Raises:
-      ValueError: if a leaf is not real floating point, or if the labels do not fit ``params``.
+      ValueError: if a leaf is not real floating point, or if ``layers`` do not fit ``params``.
     """
-    check_layers(layers)
     paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     paths = [path for path, _ in paths_and_leaves]
     leaves = [leaf for _, leaf in paths_and_leaves]
     _check_floating(paths, leaves)
 
+    stacked_modules: tuple[str, ...] = ()
+    if isinstance(layers, _Stacked):
+        stacked_modules, layers = layers
+    check_layers(layers)
     paths = _open_boxes(paths)
     groups: Sequence[Hashable]
     if not leaves:  # also what `optax.tree.map_params` calls `init` with
@@ -91,15 +138,32 @@ def resolve_layers(layers: LayerSpec, params: PyTree) -> Layers:
         groups = _labels(layers, params)
         group_names = [str(label) for label in dict.fromkeys(groups)]
 
-    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    sizes = [0] * len(number)
-    for group, leaf in zip(groups, leaves, strict=True):
-        sizes[number[group]] += int(np.prod(jnp.shape(leaf)))
+    leaf_depth = [_depth(path, leaf, stacked_modules) for path, leaf in paths_and_leaves]
+    group_depth = dict(zip(groups, leaf_depth, strict=True))
+    if leaves and stacked_modules and not any(depth is not None for depth in leaf_depth):
+        raise ValueError(f"layers=stacked{stacked_modules} names no module of params.")
+    for (path, _), group, depth in zip(paths_and_leaves, groups, leaf_depth, strict=True):
+        if depth != group_depth[group]:
+            raise ValueError(
+                "layers=stacked(...): leaves of one layer must have the same leading axis; the leaf"
+                f" params{jax.tree_util.keystr(path)} has {depth}, another {group_depth[group]}."
+            )
+
+    names: list[str] = []
+    first: dict[Hashable, int] = {}
+    for (group, depth), name in zip(group_depth.items(), _drop_root(group_names), strict=True):
+        first[group] = len(names)
+        names += [name] if depth is None else [f"{name}[{i}]" for i in range(depth)]
+    sizes = [0] * len(names)
+    for group, depth, leaf in zip(groups, leaf_depth, leaves, strict=True):
+        for layer in range(first[group], first[group] + (1 if depth is None else depth)):
+            sizes[layer] += int(np.prod(jnp.shape(leaf)[0 if depth is None else 1 :]))
     is_double = any(wide_dtype(leaf) == jnp.float64 for leaf in leaves)
     return Layers(
-        names=_unique(_drop_root(group_names)),
+        names=_unique(names),
         sizes=tuple(sizes),
-        leaf_layer=tuple(number[group] for group in groups),
+        leaf_layer=tuple(first[group] for group in groups),
+        leaf_depth=tuple(leaf_depth),
         dtype=jnp.dtype(jnp.float64 if is_double else jnp.float32),
     )
 
@@ -111,8 +175,8 @@ def layer_names(params: PyTree, layers: LayerSpec = "module") -> tuple[str, ...]
       params: any pytree of floating-point arrays.
       layers: what one layer is: ``"module"`` (leaves that share a parent: a kernel and its
         bias; a leaf at the root is its own layer), ``"leaf"``, a tree of labels shaped like
-        ``params`` or a prefix of it, or a function of ``params`` that returns one, as in
-        `optax.partition`.
+        ``params`` or a prefix of it, a function of ``params`` that returns one, as in
+        `optax.partition`, or `stacked`, for parameters stacked by a scan.
 
     Returns:
       L unique names: the path of the module, joined by ``/``, without a leading ``params``
@@ -191,12 +255,24 @@ def _open_boxes(paths: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
     Such a box has one child, the attribute ``value``; it is no module.
     """
-    parents = [path[:-1] for path in paths]
+    siblings = collections.Counter(path[:-1] for path in paths)
     box = jax.tree_util.GetAttrKey("value")
     return [
-        path[:-1] if len(path) > 1 and path[-1] == box and parents.count(path[:-1]) == 1 else path
+        path[:-1] if len(path) > 1 and path[-1] == box and siblings[path[:-1]] == 1 else path
         for path in paths
     ]
+
+
+def _depth(path: tuple[Any, ...], leaf: Any, stacked_modules: Sequence[str]) -> int | None:
+    """The length of the leading axis where ``path`` runs through a stacked module."""
+    if not any(_name((key,)) in stacked_modules for key in path):
+        return None
+    if jnp.ndim(leaf) == 0:
+        raise ValueError(
+            f"layers=stacked(...): the leaf params{jax.tree_util.keystr(path)} is a scalar; a"
+            " stacked leaf has the depth as its leading axis."
+        )
+    return int(jnp.shape(leaf)[0])
 
 
 def _name(path: Any) -> str:

@@ -105,7 +105,9 @@ def scalar_objective(
         raise ValueError(
             "value_fn is missing: the curvature is estimated from it. Pass the loss as a function"
             " of params alone, for instance tx.update(grads, state, params,"
-            " value_fn=lambda p: loss_fn(p, batch)), or pass curvature=..."
+            " value_fn=lambda p: loss_fn(p, batch)), or pass curvature=... A wrapper that passes no"
+            " extra arguments on (optax.lookahead, optax.contrib.sam) needs it bound:"
+            " functools.partial(tx.update, value_fn=...)."
         )
     if not callable(value_fn):
         raise ValueError(f"value_fn must be a function of params; got {value_fn!r}.")
@@ -119,7 +121,15 @@ def scalar_objective(
         )
 
     def objective(p: PyTree) -> jax.Array:
-        value = value_fn(p)
+        try:
+            value = value_fn(p)
+        except Exception as error:
+            error.add_note(
+                "lama_optax: raised while value_fn was evaluated on params of structure"
+                f" {jax.tree.structure(p)}. If a wrapper such as optax.flatten has reshaped params,"
+                " leave it out: it hides the layers."
+            )
+            raise
         if has_aux:
             if not isinstance(value, tuple) or len(value) != 2:
                 raise ValueError(

@@ -1,5 +1,6 @@
 """Layer-adaptive optimizers for JAX and Optax, with the curvature of every layer."""
 
+from lama_optax._accumulation import mean_value_fn as mean_value_fn
 from lama_optax._alias import lam as lam
 from lama_optax._alias import lama_adam as lama_adam
 from lama_optax._lam import LamState as LamState

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lama_optax._lama import LamaState
 from lama_optax._layers import LayerSpec, is_masked, resolve_layers
@@ -47,15 +48,16 @@ def layer_report(
         )
     report: dict[str, dict[str, float | int]] = {}
     for state in states:
-        partition = resolve_layers(layers, _params_of(state, params))
-        if len(partition.names) != len(state.alpha):
+        partition = resolve_layers(layers, _visible_params(state, params))
+        # Through leaves, since nnx.Optimizer wraps every array of its state.
+        columns = jax.device_get(jax.tree.leaves((state.curvature, state.alpha, state.momentum)))
+        if len(partition.names) != len(columns[0]):
             raise ValueError(
-                f"layers must be what the optimizer was given; it has {len(state.alpha)} layers,"
+                f"layers must be what the optimizer was given; it has {len(columns[0])} layers,"
                 f" layers={layers!r} gives {len(partition.names)}."
             )
-        columns = jax.device_get((state.curvature, state.alpha, state.momentum))
         for name, size, *values in zip(partition.names, partition.sizes, *columns, strict=True):
-            curvature, alpha, momentum = (float(value) for value in values)
+            curvature, alpha, momentum = map(float, values)
             report[name] = {
                 "curvature": curvature,
                 "alpha": alpha,
@@ -65,17 +67,24 @@ def layer_report(
     return report
 
 
-def _params_of(state: LamaState, params: PyTree) -> PyTree:
-    """``params`` with the parts hidden that `optax.masked` hid from this state."""
+def _visible_params(state: LamaState, params: PyTree) -> PyTree:
+    """``params`` without the parts that `optax.masked` hid from this state."""
+    moments = jax.tree.leaves(state.mu, is_leaf=is_masked)
     try:
-        return jax.tree.map(
-            lambda moment, p: moment if is_masked(moment) else p,
-            state.mu,
-            params,
-            is_leaf=is_masked,
-        )
-    except ValueError as error:
+        if any(is_masked(moment) for moment in moments):
+            params = jax.tree.map(
+                lambda moment, p: moment if is_masked(moment) else p,
+                *(state.mu, params),
+                is_leaf=is_masked,
+            )
+        fits = [jnp.shape(m) for m in jax.tree.leaves(state.mu)] == [
+            jnp.shape(p) for p in jax.tree.leaves(params)
+        ]
+    except ValueError:
+        fits = False
+    if not fits:
         raise ValueError(
-            f"params must have the structure that opt_state was made for,"
+            "params must be those that opt_state was made for, of structure"
             f" {jax.tree.structure(state.mu)}; got {jax.tree.structure(params)}."
-        ) from error
+        )
+    return params

@@ -1,0 +1,480 @@
+"""Optax's own contract for contributed optimizers (`optax/contrib/_common_test.py`), and wrappers.
+
+Where a wrapper or `optax.apply_updates` itself needs implicit promotion, the test says so by
+`standard_promotion`; everything else runs under the strict rules.
+"""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lama_optax import (
+    LamaState,
+    exact_trace,
+    hutchinson,
+    lam,
+    lam_scale,
+    lama_adam,
+    lama_scale,
+    layer_curvature,
+)
+
+# The exact trace compiles in a third of the time that random probes take.
+LAMA = {
+    "lama_scale": functools.partial(lama_scale, estimator=exact_trace()),
+    "lama_adam": functools.partial(lama_adam, 1e-2, estimator=exact_trace()),
+}
+LAM = {
+    "lam_scale-weight": lam_scale,
+    "lam_scale-layer": functools.partial(lam_scale, granularity="layer"),
+    "lam-weight": functools.partial(lam, 1e-2),
+    "lam-layer": functools.partial(lam, 1e-2, granularity="layer"),
+}
+FACTORIES = {**LAMA, **LAM}
+every_optimizer = pytest.mark.parametrize("name", FACTORIES)
+
+PARAMS = {
+    "a": {"kernel": jnp.asarray([[0.5, 1.0], [-1.0, 0.5]]), "bias": jnp.asarray([-0.5, 0.5])},
+    "b": {"kernel": jnp.asarray([[0.25], [0.5]]), "bias": jnp.asarray([2.0])},
+}
+
+
+def update_once(tx, grads, params, **extra_args):
+    """The first update, compiled."""
+    update = jax.jit(functools.partial(tx.update, **extra_args))
+    return update(grads, tx.init(params), params)
+
+
+def loss(params):
+    """A quadratic with another curvature for every leaf."""
+    terms = [(i + 1) * jnp.sum(leaf**2) for i, leaf in enumerate(jax.tree.leaves(params))]
+    return functools.reduce(jnp.add, terms)
+
+
+def curvature_of(params):
+    """The params-shaped tree of `loss`'s average curvatures, known in closed form."""
+    leaves, treedef = jax.tree.flatten(params)
+    return jax.tree.unflatten(treedef, [2.0 * (i + 1) for i in range(len(leaves))])
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
+
+
+def assert_all_close(actual, expected, rtol=1e-5, atol=1e-7):
+    """By default ten to a hundred roundings of float32, those of jit's reordering."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+
+
+# The tests of optax/contrib/_common_test.py, in its order.
+
+
+@pytest.mark.parametrize("name", [*FACTORIES, "hutchinson"])
+def test_unknown_extra_arguments_and_no_second_compilation(name):
+    tx = lama_adam(0.1, update_interval=2) if name == "hutchinson" else FACTORIES[name]()
+    traces = []
+
+    @jax.jit
+    def step(params, state, scale):
+        traces.append(1)
+
+        def value_fn(p):  # a new closure at every trace, as in a training loop
+            return scale * loss(p)
+
+        grads = jax.grad(value_fn)(params)
+        updates, state = tx.update(
+            grads, state, params, value_fn=value_fn, unexpected_extra_argument=1
+        )
+        return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, tx.init(PARAMS)
+    for scale in (1.0, 2.0, 3.0):
+        params, state = step(params, state, scale)
+    assert len(traces) == 1
+
+
+TARGETS = {
+    "parabola": (
+        jnp.asarray([-1.0, 10.0, 1.0]),
+        jnp.asarray([1.0, -1.0, 1.0]),
+        None,
+    ),
+    "rosenbrock": (
+        jnp.zeros(2),
+        jnp.ones(2),
+        lambda p: (1.0 - p[0]) ** 2 + 100.0 * (p[1] - p[0] ** 2) ** 2,
+    ),
+    "matrix": (jnp.zeros((2, 2)), jnp.asarray([[3.0, -2.0], [1.0, 4.0]]), None),
+    "mixed": (
+        (jnp.zeros(3), jnp.zeros((2, 2))),
+        (jnp.asarray([1.0, -1.0, 2.0]), jnp.asarray([[1.0, 0.0], [-1.0, 1.0]])),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@every_optimizer
+def test_optimizes(name, target):
+    params, final, value_fn = TARGETS[target]
+    if value_fn is None:
+
+        def value_fn(p):
+            return functools.reduce(
+                jnp.add,
+                [
+                    jnp.sum((x - y) ** 2)
+                    for x, y in zip(jax.tree.leaves(p), jax.tree.leaves(final), strict=True)
+                ],
+            )
+
+    # The learning rate falls, since LAM's step does not shrink with the gradient.
+    schedule = optax.exponential_decay(0.2, 1000, 0.1)
+    if name in ("lama_scale", "lam_scale-weight", "lam_scale-layer"):
+        tx = optax.chain(FACTORIES[name](), optax.scale_by_learning_rate(schedule))
+    else:
+        tx = {"lama_adam": lama_adam, "lam-weight": lam, "lam-layer": lam}[name](
+            schedule, **({"granularity": "layer"} if name == "lam-layer" else {})
+        )
+    state = optax.tree.map_params(tx, lambda v: v, tx.init(params))
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(value_fn)(params)
+        updates, state = tx.update(grads, state, params, value_fn=value_fn)
+        return (optax.apply_updates(params, updates), state), None
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=3000)[0])
+    params, _ = run((params, state))
+    assert_all_close(params, final, rtol=3e-2, atol=3e-2)  # optax's own tolerance
+
+
+@pytest.mark.standard_promotion
+@every_optimizer
+def test_inject_hyperparams_gives_the_same_updates_and_states(name):
+    params = [-jnp.ones((2, 3)), jnp.ones((2, 5, 2))]  # those of optax's test
+    grads = jax.tree.map(jnp.negative, params)
+    factory = FACTORIES[name]
+    updates, state = update_once(factory(), grads, params, value_fn=loss)
+    injected = optax.inject_hyperparams(factory)()
+    other_updates, other_state = update_once(injected, grads, params, value_fn=loss)
+    assert_all_close(other_updates, updates)
+    assert_all_close(other_state.inner_state, state, rtol=1e-5, atol=1e-5)  # optax's tolerance
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@every_optimizer
+def test_updates_have_the_dtype_of_the_parameters(name, dtype):
+    params = jnp.asarray([1.0, 2.0], dtype)
+    updates, _ = update_once(FACTORIES[name](), 2 * params, params, value_fn=loss)
+    assert updates.dtype == params.dtype
+    assert jnp.isfinite(updates).all()
+    assert (jnp.abs(updates) > 0).all()
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@every_optimizer
+def test_multi_steps(name, dtype):
+    tx = FACTORIES[name]()
+    accumulated = optax.MultiSteps(tx, every_k_schedule=2)
+    params = jnp.asarray([1.0, 2.0], dtype)
+    grads = 2 * params
+    update = jax.jit(functools.partial(accumulated.update, value_fn=loss))
+    updates, state = update(grads, jax.jit(accumulated.init)(params), params)
+    assert updates.tolist() == [0.0, 0.0]
+    updates, _ = update(grads, state, params)
+    # The mean of two equal gradients is that gradient.
+    expected, _ = update_once(tx, grads, params, value_fn=loss)
+    rtol = {"bfloat16": 2e-2, "float32": 1e-5}[dtype]  # two roundings of the dtype; as above
+    assert updates.dtype == params.dtype
+    assert_all_close(updates, expected, rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("name", [*FACTORIES, "hutchinson"])
+def test_state_shape_and_dtype_are_stable(name, dtype):
+    """`lax.cond` and `lax.scan` refuse a state that changes."""
+    with jax.enable_x64(dtype == "float64"):
+        tx = lama_scale(estimator=hutchinson(2)) if name == "hutchinson" else FACTORIES[name]()
+        params = {"a": {"w": jnp.asarray([1.0, 2.0], dtype)}, "b": jnp.asarray(3.0, dtype)}
+        state = tx.init(params)
+
+        def step(carry, do):
+            params, state = carry
+            grads = jax.grad(loss)(params)
+            updates, state = jax.lax.cond(
+                do,
+                lambda: tx.update(grads, state, params, value_fn=loss),
+                lambda: (optax.tree.zeros_like(grads), state),
+            )
+            return (optax.apply_updates(params, updates), state), None
+
+        do = jnp.asarray([True, False, True])
+        carry, _ = jax.jit(lambda c: jax.lax.scan(step, c, do))((params, state))
+        assert shapes(carry) == shapes((params, state))
+        for new, old in zip(jax.tree.leaves(carry), jax.tree.leaves((params, state)), strict=True):
+            assert new.weak_type == old.weak_type
+
+
+@pytest.mark.parametrize("factory", [lama_adam, lam])
+def test_learning_rate_is_annotated_as_a_schedule_and_takes_one(factory):
+    annotation = inspect.signature(factory).parameters["learning_rate"].annotation
+    assert annotation in (optax.ScalarOrSchedule, optax.Schedule)
+
+    trained = []
+    for learning_rate in (0.5, optax.constant_schedule(0.5)):
+        tx = factory(learning_rate)
+        updates, _ = update_once(tx, PARAMS, PARAMS, curvature=curvature_of(PARAMS))
+        trained.append(updates)
+    assert_all_close(*trained, rtol=1e-6)
+
+
+# Hyper-parameters as traced arrays, all of them.
+
+LAMA_NUMBERS = {
+    "b1": 0.5,
+    "b2": 0.5,
+    "eps": 1.0,
+    "alpha_min": 0.9,
+    "alpha_max": 1.05,
+    "sensitivity": -0.1,
+    "update_interval": 2,
+    "curvature_decay": 0.5,
+    "max_momentum": 0.3,
+    "learning_rate": 0.5,
+    "weight_decay": 0.1,
+}
+LAM_NUMBERS = {"decay": 0.5, "eps": 1.0, "learning_rate": 0.5}
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize(
+    ("factory", "numbers", "static"),
+    [
+        # A curvature that moves alpha, but not to where the default cap hides alpha's limits.
+        (lama_adam, LAMA_NUMBERS, {"sensitivity": 0.02, "estimator": exact_trace()}),
+        (lam, LAM_NUMBERS, {}),
+        (lam, LAM_NUMBERS, {"granularity": "layer"}),
+    ],
+    ids=["lama_adam", "lam-weight", "lam-layer"],
+)
+def test_every_number_can_be_changed_between_steps_without_a_compilation(factory, numbers, static):
+    injected = optax.inject_hyperparams(factory)(learning_rate=0.1, **static)
+    params = jnp.asarray([0.3, -1.0, 2.0])
+    traces = []
+
+    def value_fn(params):
+        return jnp.sum(jnp.sin(3 * params) * jnp.sum(params**2))
+
+    def two_steps(tx, state):
+        def step(carry, _):
+            params, state = carry
+            grads = jax.grad(value_fn)(params)
+            updates, state = tx.update(grads, state, params, value_fn=value_fn)
+            return (optax.apply_updates(params, updates), state), None
+
+        traces.append(1)
+        return jax.lax.scan(step, (params, state), length=2)[0][0]
+
+    train = jax.jit(functools.partial(two_steps, injected))
+    initial = injected.init(params)
+    assert set(initial.hyperparams) - {"key"} == set(numbers)
+    unchanged = train(initial)
+    for name, value in numbers.items():
+        changed = jnp.full_like(initial.hyperparams[name], value)
+        state = initial._replace(hyperparams={**initial.hyperparams, name: changed})
+        actual = train(state)
+        # The optimizer that was built with that number, which is no tracer there.
+        tx = factory(**{"learning_rate": 0.1, **static, name: value})
+        expected = two_steps(tx, tx.init(params))
+        # Roundings of float32 in another order, carried on by sin(3 x) |x|^2, of slope 20.
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5, err_msg=name)
+        assert np.abs(actual - unchanged).max() > 1e-4, name
+    assert len(traces) == 1 + len(numbers)
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["lama_adam", "lam-weight", "lam-layer"])
+def test_inject_hyperparams_with_half_precision_parameters(name, dtype):
+    params = {"w": jnp.asarray([1.0, 2.0], dtype)}
+    # Numbers in the dtype of the parameters, optax's default, would round 0.999 away.
+    with pytest.raises(ValueError, match=r"hyperparam_dtype=jnp\.float32"):
+        optax.inject_hyperparams(FACTORIES[name])().init(params)
+
+    tx = optax.inject_hyperparams(FACTORIES[name], hyperparam_dtype=jnp.float32)()
+    updates, state = update_once(tx, params, params, value_fn=loss)
+    expected, _ = update_once(FACTORIES[name](), params, params, value_fn=loss)
+    assert updates["w"].dtype == jnp.dtype(dtype)
+    # One rounding of the dtype, which a last bit of float32 may tip.
+    assert_all_close(updates, expected, rtol=float(jnp.finfo(dtype).eps))
+    assert all(x.dtype != jnp.dtype(dtype) for x in jax.tree.leaves(state.hyperparams))
+
+
+@pytest.mark.parametrize("make_key", [lambda: 3, lambda: jax.random.PRNGKey(3)], ids=["int", "raw"])
+def test_inject_hyperparams_with_a_key(make_key):
+    tx = optax.inject_hyperparams(lama_scale)(key=make_key())
+    state = jax.jit(tx.init)(PARAMS)
+    assert state.inner_state.key.tolist() == jax.random.PRNGKey(3).tolist()
+
+
+@pytest.mark.standard_promotion
+def test_schedules_of_b1_and_sensitivity():
+    tx = optax.inject_hyperparams(lama_scale)(
+        b1=optax.linear_schedule(0.9, 0.5, 2), sensitivity=lambda t: 0.1 * t
+    )
+    update = jax.jit(functools.partial(tx.update, curvature=jnp.asarray([10.0, -10.0])))
+    state, momentum = tx.init(PARAMS), []
+    for _ in range(3):
+        _, state = update(PARAMS, state, PARAMS)
+        momentum.append(state.inner_state.momentum)
+    for t, (b1, actual) in enumerate(zip((0.9, 0.7, 0.5), momentum, strict=True)):
+        alpha = 0.5 + 1 / (1 + np.exp(-0.1 * t * np.asarray([10.0, -10.0])))
+        # Eq. 9 in float32.
+        np.testing.assert_allclose(actual, np.minimum(alpha * b1, 0.999), rtol=1e-5)
+
+
+# Tools and wrappers of optax.
+
+
+@every_optimizer
+def test_map_params_finds_what_is_shaped_like_the_parameters(name):
+    tx = FACTORIES[name]()
+    state = tx.init(PARAMS)
+    marked = optax.tree.map_params(tx, lambda _: "param", state, transform_non_params=lambda _: "-")
+    num_leaves = len(jax.tree.leaves(PARAMS))
+    expected = {"lama": 2, "lam-": 0, "lam_": 0}[name[:4]] if name.endswith("layer") else None
+    if expected is None:
+        expected = 2 if name in LAMA else 1
+    assert jax.tree.leaves(marked).count("param") == expected * num_leaves
+    # With a second tree beside it, as for shardings or per-parameter masks.
+    doubled = optax.tree.map_params(tx, lambda v, p: v + p, state, PARAMS)
+    assert jax.tree.structure(doubled) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("name", LAMA)
+def test_named_chain_and_clipping_before_it(name):
+    tx = optax.named_chain(
+        ("clip", optax.clip_by_global_norm(0.5)),
+        ("elementwise", optax.clip(0.2)),
+        (name, LAMA[name]()),
+    )
+    updates, state = update_once(tx, PARAMS, PARAMS, value_fn=loss)
+    clipped = jax.tree.map(lambda g: jnp.clip(0.5 * g / optax.tree.norm(PARAMS), -0.2, 0.2), PARAMS)
+    inner = LAMA[name]()
+    expected, expected_state = update_once(inner, clipped, PARAMS, value_fn=loss)
+    assert_all_close(updates, expected)
+    assert_all_close(state[name], expected_state)
+
+
+@pytest.mark.parametrize("name", LAMA)
+def test_chain_drops_no_extra_argument(name):
+    tx = optax.chain(optax.identity(), LAMA[name](), optax.scale(2.0))
+    updates, _ = update_once(tx, PARAMS, PARAMS, curvature=curvature_of(PARAMS))
+    expected, _ = update_once(LAMA[name](), PARAMS, PARAMS, curvature=curvature_of(PARAMS))
+    assert_all_close(updates, jax.tree.map(lambda u: 2 * u, expected))
+
+
+MASKS = {
+    "leaves": {"a": {"kernel": True, "bias": True}, "b": {"kernel": False, "bias": False}},
+    "modules": {"a": True, "b": False},
+    "function": lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_masked_takes_the_curvature_of_the_whole_tree(mask):
+    tx = optax.masked(lama_scale(sensitivity=0.5), MASKS[mask])
+    updates, state = update_once(tx, PARAMS, PARAMS, curvature=curvature_of(PARAMS))
+    # In order of the leaves, bias before kernel: 2, 4, 6, 8; sizes 2, 4, 1, 2.
+    expected = [4.0, 8.0] if mask == "function" else [(2 * 2 + 4 * 4) / 6]
+    assert state.inner_state.curvature.tolist() == pytest.approx(expected)  # float32
+    # What is masked passes through.
+    assert updates["b"]["bias"].tolist() == PARAMS["b"]["bias"].tolist()
+    assert updates["a"]["kernel"].tolist() != PARAMS["a"]["kernel"].tolist()
+
+
+LABELS = {
+    "leaves": {"a": {"kernel": "x", "bias": "x"}, "b": {"kernel": "y", "bias": "y"}},
+    "modules": {"a": "x", "b": "y"},
+}
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_partition_into_two_lama_groups(labels):
+    tx = optax.partition(
+        {"x": lama_scale(sensitivity=0.5), "y": lama_scale(sensitivity=-0.5)}, LABELS[labels]
+    )
+    updates, state = update_once(tx, PARAMS, PARAMS, curvature=curvature_of(PARAMS))
+    for label, module, sign in (("x", "a", 1), ("y", "b", -1)):
+        alone = lama_scale(sensitivity=sign * 0.5)
+        params = {module: PARAMS[module]}
+        curvature = {module: curvature_of(PARAMS)[module]}
+        expected, expected_state = update_once(alone, params, params, curvature=curvature)
+        assert_all_close(updates[module], expected[module])
+        inner = state.inner_states[label].inner_state
+        assert_all_close(inner.alpha, expected_state.alpha)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.masked(tx, MASKS["leaves"]),
+        lambda tx: optax.partition({"x": tx, "y": optax.sgd(0.1)}, LABELS["leaves"]),
+    ],
+    ids=["masked", "partition"],
+)
+def test_value_fn_under_a_mask_gets_an_error_with_the_remedy_and_the_remedy_works(wrap):
+    tx = wrap(lama_scale())
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match=r"MaskedNode.*curvature=") as error:
+        tx.update(PARAMS, state, PARAMS, value_fn=loss)
+    assert "layer_curvature(params, key" in str(error.value)
+
+    c = layer_curvature(PARAMS, 0, estimator=exact_trace(), layers="leaf", value_fn=loss)
+    curvature = jax.tree.unflatten(jax.tree.structure(PARAMS), c.mean)
+    _, state = update_once(tx, PARAMS, PARAMS, curvature=curvature)
+    (found,) = [
+        s
+        for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, LamaState))
+        if isinstance(s, LamaState)
+    ]
+    assert found.curvature.tolist() == pytest.approx([(2 * 2 + 4 * 4) / 6])
+
+
+@every_optimizer
+def test_apply_if_finite(name):
+    tx = optax.apply_if_finite(FACTORIES[name](), max_consecutive_errors=3)
+    update = jax.jit(functools.partial(tx.update, value_fn=loss))
+    _, state = update(PARAMS, tx.init(PARAMS), PARAMS)
+    spoilt = {**PARAMS, "b": jax.tree.map(lambda p: p * jnp.nan, PARAMS["b"])}
+    updates, after = update(spoilt, state, PARAMS)
+    assert int(after.total_notfinite) == 1
+    assert all((u == 0).all() for u in jax.tree.leaves(updates))
+    assert_all_close(after.inner_state, state.inner_state, rtol=0, atol=0)  # kept, not redone
+
+
+@every_optimizer
+def test_mixed_dtypes_in_one_tree(name):
+    params = {
+        "half": {"w": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(1, jnp.float32)},
+        "full": {"w": jnp.ones(2, jnp.float32)},
+    }
+
+    def value_fn(p):
+        return functools.reduce(
+            jnp.add, [jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(p)]
+        )
+
+    tx = FACTORIES[name]()
+    updates, state = update_once(tx, params, params, value_fn=value_fn)
+    assert shapes(updates) == shapes(params)
+    assert shapes(state) == shapes(tx.init(params))

@@ -64,8 +64,9 @@ def nnx_value_fn(
 
     Args:
       loss_fn: ``loss_fn(model) -> scalar``.
-      model: the model; it is not changed. Dropout draws the same mask at every evaluation, so
-        that one estimate differentiates one function.
+      model: the model as it is now; it is not changed. Dropout draws the same mask at every
+        evaluation, so that one estimate differentiates one function: call this before the
+        gradient, which advances the model's counters, and both see the same mask.
       wrt: which variables are params, as for `nnx.Optimizer`.
 
     Returns:
@@ -79,8 +80,9 @@ def nnx_value_fn(
       >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
       >>> optimizer = nnx.Optimizer(model, lama_adam(1e-2), wrt=nnx.Param)
       >>> loss_fn = lambda model: jnp.mean(model(jnp.ones((4, 2))) ** 2)
+      >>> value_fn = nnx_value_fn(loss_fn, model)
       >>> grads = nnx.grad(loss_fn)(model)
-      >>> _ = optimizer.update(model, grads, value_fn=nnx_value_fn(loss_fn, model))
+      >>> _ = optimizer.update(model, grads, value_fn=value_fn)
     """
     graphdef, *states = nnx.split(model, wrt, ...)
     rest = states[1]

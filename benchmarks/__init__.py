@@ -1,0 +1,1 @@
+"""Experiments: `python -m benchmarks.NAME`; they use the public face of lama_optax only."""

@@ -1,0 +1,242 @@
+"""The tables that a person reads: printed, and kept in results.txt."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.moons._statistics import Interval
+from benchmarks.moons._summary import settings_epoch, verdict
+
+
+def report(results: dict[str, Any]) -> str:
+    """All tables, in the order in which their questions arise."""
+    sections = [
+        _paper(results),
+        _optimizers(results),
+        _layers(results),
+        _traces(results),
+    ]
+    if results["grid"] is not None:
+        sections += [_grid(results), _controls(results)]
+    notes = divergence_notes(results)
+    if notes:
+        sections.append("\n".join(notes))
+    return "\n\n".join(sections)
+
+
+def divergence_notes(results: dict[str, Any]) -> list[str]:
+    """A sentence for each optimizer that diverged on some seeds; the README shows this one."""
+    notes, total = [], results["settings"]["seeds"]
+    for arm, found in results["divergence"].items():
+        if not found["seeds"]:
+            continue
+        label = results["optimizers"][arm]["label"]
+        note = (
+            f"DIVERGED: {label}, {found['seeds']} of {total} seeds: the loss is not finite or ends"
+            f" above where it began (median: {found['median_loss_ratio']:.3g} times)."
+        )
+        if found["seeds_with_both"]:
+            passed = [
+                f"{name} (alpha b1 = {reached:.3f})"
+                for name, reached in found["largest_momentum"].items()
+                if reached >= 1
+            ]
+            note += (
+                f" alpha b1 reached 1 or more in {', '.join(passed)}, so the momentum of Eq. 6"
+                " grew geometrically; --max-momentum 0.999, the default, prevents it."
+            )
+        else:
+            note += " alpha b1 stayed below 1: the learning rate, not Eq. 6, is to be suspected."
+        notes.append(note)
+    return notes
+
+
+def diverged_by_momentum(results: dict[str, Any]) -> bool:
+    """Whether alpha b1 >= 1 made a seed diverge: exit status 2."""
+    return any(found["seeds_with_both"] for found in results["divergence"].values())
+
+
+def _paper(results: dict[str, Any]) -> str:
+    settings, arms, paper = results["settings"], results["optimizers"], results["paper"]
+    seeds, epoch = settings["seeds"], settings_epoch(settings)
+    adam, lama = arms["adam"], arms["lama"]
+    rows: list[Sequence[str]] = []
+    for title, key, digits in (
+        ("test accuracy, %", "accuracy", 2),
+        (f"training loss, epoch {epoch}", "loss", 4),
+    ):
+        base = f"{key}_of_base_seed"
+        paper_adam, paper_lama = paper["adam"][key], paper["lama"][key]
+        rows += [
+            (title, "", "", ""),
+            (
+                "  the paper, one seed",
+                f"{paper_adam:.2f}",
+                f"{paper_lama:.2f}",
+                f"{paper_lama - paper_adam:+.2f}",
+            ),
+            (
+                f"  here, seed {settings['base_seed']}",
+                f"{adam[base]:.{digits}f}",
+                f"{lama[base]:.{digits}f}",
+                f"{lama[base] - adam[base]:+.{digits}f}",
+            ),
+            (
+                f"  here, mean of {seeds} seeds",
+                f"{adam[key].mean:.{digits}f}",
+                f"{lama[key].mean:.{digits}f}",
+                _signed(lama[f"{key}_minus_adam"], digits + 1),
+            ),
+        ]
+    header = ("", "Adam", "LAMA-Adam", "difference [95 % interval, paired]")
+    return (
+        "Table 1 and the loss of Figure 1, three ways\n"
+        + table(header, rows)
+        + "\nThe loss is the mean of the epoch's batch losses, each before its step.\n\n"
+        + verdict(results)
+    )
+
+
+def _optimizers(results: dict[str, Any]) -> str:
+    rows = [
+        (
+            arm["label"],
+            f"{arm['accuracy'].mean:.2f}",
+            "" if name == "adam" else _signed(arm["accuracy_minus_adam"], 2),
+            f"{arm['loss'].mean:.4f}",
+            "" if name == "adam" else _signed(arm["loss_minus_adam"], 4),
+            f"{arm['microseconds_per_step']:.1f}",
+        )
+        for name, arm in results["optimizers"].items()
+    ]
+    epoch = settings_epoch(results["settings"])
+    header = ("", "accuracy, %", "minus Adam", f"loss, ep. {epoch}", "minus Adam", "us/step")
+    return (
+        f"All optimizers at learning rate {results['settings']['learning_rate']:g}, mean of"
+        f" {results['settings']['seeds']} seeds\n"
+        + table(header, rows)
+        + "\nus/step: microseconds per step and seed, all cores busy; median over blocks of seeds"
+        "\nin which the optimizers took turns."
+    )
+
+
+def _layers(results: dict[str, Any]) -> str:
+    settings, arm = results["settings"], results["optimizers"]["lama"]
+    rows = [
+        (
+            name,
+            f"{layer['curvature'].mean:.4f}",
+            f"{layer['alpha'].mean:.6f}",
+            f"{layer['largest_momentum']:.4f}",
+            f"{layer['gain'].mean:.4f}",
+        )
+        for name, layer in arm["by_layer"].items()
+    ]
+    share = 100 * results["curvature_order"]
+    return (
+        f"Layers under {arm['label']}, lambda {settings['sensitivity']:g}, mean over training"
+        " and seeds (Section 4.4)\n"
+        + table(("", "curvature H", "alpha", "largest alpha b1", "gain"), rows)
+        + "\ngain: sum of the gradients' weights in Eq. 6 over Adam's; at a steady alpha it is"
+        "\n(1 - b1)/(1 - alpha b1), and it multiplies the step size."
+        f"\nThe output layer has the larger curvature per parameter on {share:.0f} % of the seeds."
+    )
+
+
+def _traces(results: dict[str, Any]) -> str:
+    rows = [
+        (
+            f"{name}, {when} parameters",
+            f"{errors['exact_trace']:.5f}",
+            f"{errors['exact_hvp']:.5f}",
+            f"{errors['finite_difference']:.5f}",
+            f"{errors['exact_hvp_rms_error']:.5f}",
+            f"{errors['finite_difference_rms_error']:.5f}",
+            f"{errors['rms_between_the_two']:.5f}",
+        )
+        for when, by_layer in results["traces"].items()
+        for name, errors in by_layer.items()
+    ]
+    settings = results["settings"]
+    header = ("H, all training points", "true", "exact", "diff.", "error", "error", "apart")
+    return (
+        f"Exact Hessian-vector products and finite differences (delta {settings['fd_step']:g}),"
+        f" K = {settings['probes']}, float32\n"
+        + table(("", "", "", "finite", "exact", "finite d.", "the two"), [header, *rows])
+        + "\ntrue: exact_trace. Means over seeds, root mean square errors. Both use the same"
+        "\nprobes, so that what sets them apart is the differencing, not chance: a step of delta"
+        "\ncrosses kinks of ReLU, whose curvature the derivative does not see."
+    )
+
+
+def _grid(results: dict[str, Any]) -> str:
+    grid = results["grid"]
+    methods = grid["methods"]
+    labels = list(methods)
+    names = results["layers"]
+    columns = ["learning rate", "Adam, %"]
+    for label in labels[1:]:
+        columns += [label.removeprefix("LAMA-Adam, "), "gain by layer"]
+    rows = []
+    for i, rate in enumerate(grid["rates"]):
+        row = [f"{rate:.2e}", f"{methods['Adam']['accuracy'][i].mean:.2f}"]
+        for label in labels[1:]:
+            gains = " ".join(f"{methods[label]['gain'][name][i]:.2f}" for name in names)
+            row += [_signed(methods[label]["accuracy_minus_adam"][i], 2), gains]
+        rows.append(row)
+    tuned = [
+        (
+            label,
+            f"{method['best_rate']:.2e}",
+            f"{method['tuned_accuracy'].mean:.2f}",
+            "" if label == "Adam" else _signed(method["tuned_minus_tuned_adam"], 2),
+        )
+        for label, method in methods.items()
+    ]
+    return (
+        f"Learning rates, {grid['seeds']} seeds: test accuracy of Adam, and LAMA-Adam minus Adam,"
+        " points\n"
+        + table(columns, rows)
+        + f"\nlayers: {', '.join(names)}.\n\n"
+        + "Tuned against tuned: rate chosen on every other seed, accuracy on the rest\n"
+        + table(("", "best rate", "accuracy, %", "minus tuned Adam"), tuned)
+    )
+
+
+def _controls(results: dict[str, Any]) -> str:
+    rows = [
+        (
+            label,
+            f"{control['accuracy'].mean:.2f}",
+            "" if label == "Adam" else _signed(control["minus_adam"], 2),
+        )
+        for label, control in results["grid"]["controls"].items()
+    ]
+    return (
+        f"Where a gain at learning rate {results['settings']['learning_rate']:g} comes from,"
+        f" {results['grid']['seeds']} seeds\n"
+        + table(("", "accuracy, %", "minus Adam"), rows)
+        + "\nWith gain 1 only the momentum changes; Adam's rows change only the step size, by the"
+        "\nsmallest and the largest gain that LAMA-Adam's layers had."
+    )
+
+
+def _signed(interval: Interval, digits: int) -> str:
+    text = f"{interval.mean:+.{digits}f}"
+    if math.isnan(interval.low):
+        return text
+    return f"{text} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their longest cell; the first to the left, the others to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+
+    def show(line: Sequence[str]) -> str:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        return "  ".join(cells).rstrip()
+
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([show(header), rule, *map(show, rows)])

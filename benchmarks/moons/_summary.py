@@ -1,0 +1,222 @@
+"""From runs to numbers: the dictionary that results.json holds and the tables print."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.moons._experiment import Grid, Outcome, TraceAccuracy, grid_methods
+from benchmarks.moons._record import machine, versions
+from benchmarks.moons._settings import Settings
+from benchmarks.moons._statistics import Interval, mean_interval
+from benchmarks.moons._train import ARMS, History, Trainer
+from lama_optax import layer_names
+
+#: What the document reports, from one seed.
+PAPER = {
+    "adam": {"accuracy": 87.33, "loss": 0.39},
+    "lama": {"accuracy": 88.67, "loss": 0.37},
+}
+
+
+def summarize(trainer: Trainer, outcome: Outcome) -> dict[str, Any]:
+    """Every number of the run, as JSON holds it."""
+    settings = trainer.settings
+    first_seed = jax.tree.map(lambda a: a[0], trainer.runs.params)
+    names = layer_names(first_seed)
+    adam = outcome.histories["adam"]
+    return {
+        "settings": dataclasses.asdict(settings),
+        "versions": versions(),
+        "machine": machine(),
+        "layers": names,
+        "paper": PAPER,
+        "optimizers": {
+            arm: _optimizer(settings, names, arm, history, adam, outcome.step_seconds[arm])
+            for arm, history in outcome.histories.items()
+        },
+        "curvature_order": _curvature_order(outcome.histories["lama"]),
+        "traces": {
+            when: {name: _trace_errors(traces, i) for i, name in enumerate(names)}
+            for when, traces in outcome.traces.items()
+        },
+        "grid": None if outcome.grid is None else _grid(settings, names, outcome.grid),
+        "divergence": {
+            arm: _divergence(names, history) for arm, history in outcome.histories.items()
+        },
+    }
+
+
+def _optimizer(
+    settings: Settings,
+    names: tuple[str, ...],
+    arm: str,
+    history: History,
+    adam: History,
+    step_seconds: list[float],
+) -> dict[str, Any]:
+    epoch = settings.reported_epoch - 1
+    result = {
+        "label": ARMS[arm],
+        "accuracy": mean_interval(history.accuracy),
+        "accuracy_of_base_seed": float(history.accuracy[0]),
+        "accuracy_minus_adam": mean_interval(history.accuracy - adam.accuracy),
+        "accuracy_std": float(np.std(history.accuracy)),
+        "loss": mean_interval(history.loss[:, epoch]),
+        "loss_of_base_seed": float(history.loss[0, epoch]),
+        "loss_minus_adam": mean_interval(history.loss[:, epoch] - adam.loss[:, epoch]),
+        "final_train_loss": mean_interval(history.final_loss),
+        "microseconds_per_step": float(np.median(step_seconds)) * 1e6,
+        "microseconds_per_step_of_each_block": np.asarray(step_seconds) * 1e6,
+        "loss_by_epoch": history.loss.mean(axis=0),
+        "accuracy_by_seed": history.accuracy,
+        "loss_by_seed": history.loss[:, epoch],
+        "final_train_loss_by_seed": history.final_loss,
+    }
+    if history.layers is not None:
+        result["by_layer"] = {
+            name: {
+                "curvature": mean_interval(history.layers.curvature[..., i].mean(axis=1)),
+                "alpha": mean_interval(history.layers.alpha[..., i].mean(axis=1)),
+                "gain": mean_interval(history.layers.gain[..., i].mean(axis=1)),
+                "largest_momentum": float(history.layers.momentum[..., i].max()),
+                "curvature_by_epoch": history.layers.curvature[..., i].mean(axis=0),
+                "alpha_by_epoch": history.layers.alpha[..., i].mean(axis=0),
+            }
+            for i, name in enumerate(names)
+        }
+    return result
+
+
+def _curvature_order(history: History) -> float:
+    """The share of seeds whose output layer has the larger curvature, mean over training."""
+    assert history.layers is not None
+    curvature = history.layers.curvature.mean(axis=1)
+    return float(np.mean(curvature[:, -1] > curvature[:, 0]))
+
+
+def _trace_errors(traces: TraceAccuracy, layer: int) -> dict[str, float]:
+    exact, hutchinson, difference = (estimate[:, layer] for estimate in traces)
+
+    def rms(errors: np.ndarray) -> float:
+        return float(np.sqrt(np.mean(errors.astype(np.float64) ** 2)))
+
+    return {
+        "exact_trace": float(exact.mean()),
+        "exact_hvp": float(hutchinson.mean()),
+        "finite_difference": float(difference.mean()),
+        "exact_hvp_rms_error": rms(hutchinson - exact),
+        "finite_difference_rms_error": rms(difference - exact),
+        "rms_between_the_two": rms(difference - hutchinson),
+    }
+
+
+def _grid(settings: Settings, names: tuple[str, ...], grid: Grid) -> dict[str, Any]:
+    def of_rates(values: np.ndarray) -> list[Interval]:
+        return [mean_interval(row) for row in values]
+
+    adam = grid.accuracy["Adam"]
+    # Tuned on every other seed and compared on the rest: the best of several means is biased.
+    tuning, fresh = slice(0, None, 2), slice(1, None, 2)
+    best = {
+        label: int(np.argmax(accuracy[:, tuning].mean(axis=1)))
+        for label, accuracy in grid.accuracy.items()
+    }
+    tuned_adam = adam[best["Adam"], fresh]
+    return {
+        "seeds": settings.compared_grid_seeds,
+        "rates": grid.rates,
+        "methods": {
+            label: {
+                "sensitivity": sensitivity if arm != "adam" else None,
+                "accuracy": of_rates(grid.accuracy[label]),
+                "accuracy_minus_adam": of_rates(grid.accuracy[label] - adam),
+                "final_train_loss": of_rates(grid.loss[label]),
+                "gain": {
+                    name: grid.gain[label][..., i].mean(axis=1)
+                    for i, name in enumerate(names)
+                    if label in grid.gain
+                },
+                "best_rate": float(grid.rates[best[label]]),
+                "tuned_accuracy": mean_interval(grid.accuracy[label][best[label], fresh]),
+                "tuned_minus_tuned_adam": mean_interval(
+                    grid.accuracy[label][best[label], fresh] - tuned_adam
+                ),
+            }
+            for label, (arm, sensitivity) in grid_methods(settings).items()
+        },
+        "controls": {
+            label: {
+                "accuracy": mean_interval(accuracy),
+                "minus_adam": mean_interval(accuracy - grid.controls["Adam"]),
+            }
+            for label, accuracy in grid.controls.items()
+        },
+    }
+
+
+def _divergence(names: tuple[str, ...], history: History) -> dict[str, Any]:
+    """Diverged: the loss is not finite, or ends above where it began."""
+    finite = np.isfinite(history.loss).all(axis=1) & np.isfinite(history.final_loss)
+    worse = ~finite | ~(history.final_loss <= history.initial_loss)
+    reached = {}
+    unstable = np.zeros(len(worse), bool)
+    if history.layers is not None:
+        unstable = (history.layers.momentum >= 1).any(axis=(1, 2))
+        largest = history.layers.momentum.max(axis=(0, 1))
+        reached = {name: float(x) for name, x in zip(names, largest, strict=True)}
+    return {
+        "seeds": int(worse.sum()),
+        "seeds_with_momentum_of_1_or_more": int(unstable.sum()),
+        "seeds_with_both": int((worse & unstable).sum()),
+        "largest_momentum": reached,
+        "median_loss_ratio": float(np.median(history.final_loss / history.initial_loss)),
+    }
+
+
+def verdict(results: dict[str, Any]) -> str:
+    """One sentence on Adam and LAMA-Adam, from the numbers alone."""
+    settings, lama = results["settings"], results["optimizers"]["lama"]
+    accuracy: Interval = lama["accuracy_minus_adam"]
+    loss: Interval = lama["loss_minus_adam"]
+    seeds, adam_loss = settings["seeds"], results["optimizers"]["adam"]["loss"].mean
+    paper = PAPER["lama"]["accuracy"] - PAPER["adam"]["accuracy"]
+    diverged = results["divergence"]["lama"]["seeds"]
+    if diverged:
+        return f"LAMA-Adam diverged on {diverged} of {seeds} seeds: there is nothing to compare."
+    if math.isnan(accuracy.low):
+        return (
+            f"One seed cannot tell LAMA-Adam ({accuracy.mean:+.2f} points) from chance, here or in"
+            " the paper: run more with --seeds."
+        )
+    if accuracy.holds_zero:
+        what = (
+            f"With these settings LAMA-Adam's accuracy cannot be told from Adam's"
+            f" ({accuracy.mean:+.3f} points, 95 % interval {accuracy.low:+.3f} to"
+            f" {accuracy.high:+.3f})"
+        )
+    else:
+        word = "better" if accuracy.mean > 0 else "worse"
+        what = (
+            f"With these settings and this learning rate LAMA-Adam classifies {word} than Adam"
+            f" ({accuracy.mean:+.3f} points, 95 % interval {accuracy.low:+.3f} to"
+            f" {accuracy.high:+.3f})"
+        )
+    share = 100 * abs(loss.mean) / adam_loss
+    if loss.holds_zero:
+        then = "its loss cannot be told from Adam's either"
+    else:
+        word = "lower" if loss.mean < 0 else "higher"
+        then = f"its loss at epoch {settings_epoch(settings)} is {share:.2g} % {word}"
+    chance = results["optimizers"]["adam"]["accuracy_std"]
+    return (
+        f"{what} and {then}; the paper's {paper:+.2f} points come from one seed, and from seed to"
+        f" seed Adam's own accuracy has a standard deviation of {chance:.1f} points."
+    )
+
+
+def settings_epoch(settings: dict[str, Any]) -> int:
+    """The epoch whose loss is compared."""
+    return int(min(settings["loss_epoch"], settings["epochs"]))

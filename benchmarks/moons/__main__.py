@@ -49,7 +49,7 @@ def _run(settings: Settings) -> int:
     results["verdict"] = verdict(results)
     text = report(results)
     settings.results.mkdir(parents=True, exist_ok=True)
-    draw_all(settings.results, trainer.runs, results, outcome)
+    draw_all(settings, trainer.runs, results, outcome)
     results["seconds"] = time.perf_counter() - began
     save_json(settings.results / "results.json", results)
     (settings.results / "results.txt").write_text(text + "\n")

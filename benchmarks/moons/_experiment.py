@@ -51,7 +51,7 @@ def number_of_blocks(trainer: Trainer) -> int:
     blocks = len(ARMS) * len(trainer.blocks(settings.seeds)) + 1
     if settings.grid:
         per_method = len(trainer.blocks(settings.compared_grid_seeds))
-        blocks += (3 * settings.grid_points + 5) * per_method
+        blocks += (3 * settings.grid_points + 6) * per_method
     return blocks
 
 
@@ -153,18 +153,16 @@ def _run_grid(trainer: Trainer, main: dict[str, History], progress: Progress) ->
     # Where does a gain at the paper's learning rate come from? The momentum alone ("ema": gain
     # 1), or the step size alone (Adam at the learning rate times each layer's gain)?
     rate, large = settings.learning_rate, settings.grid_sensitivity
-    lama = train("lama", rate, large, "Eq. 6")
-    assert lama.layers is not None
-    gains = np.sort(lama.layers.gain.mean(axis=(0, 1)))[[0, -1]].tolist()
-    runs = {
+    layers = train("lama", rate, large, "where gains come from").layers
+    assert layers is not None
+    gains = np.sort(layers.gain.mean(axis=(0, 1)))[[0, -1]].tolist()
+    runs: dict[str, tuple[str, float]] = {
         "Adam": ("adam", 1.0),
-        f"LAMA-Adam, lambda {large:g}": (None, 1.0),
+        f"LAMA-Adam, lambda {large:g}": ("lama", 1.0),
         f"LAMA-Adam, lambda {large:g}, gain 1 (--momentum ema)": ("lama_ema", 1.0),
-    } | {f"Adam, learning rate x {gain:.2f}": ("adam", gain) for gain in gains}
+    } | {f"Adam, learning rate x {gain:.2f}": ("adam", gain) for gain in gains if np.isfinite(gain)}
     controls = {
-        label: (
-            lama if arm is None else train(arm, rate * factor, large, "where gains come from")
-        ).accuracy
+        label: train(arm, rate * factor, large, "where gains come from").accuracy
         for label, (arm, factor) in runs.items()
     }
     return Grid(rates, accuracy, loss, gain, controls)

@@ -1,7 +1,6 @@
 """The figures: colours from Okabe and Ito's palette, which colour-blind readers can tell apart."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -47,9 +46,8 @@ STYLE: Any = {
 }
 
 
-def draw_all(directory: Path, runs: Runs, results: dict[str, Any], outcome: Outcome) -> list[Path]:
-    """Draws every figure into ``directory``; returns their paths."""
-    settings = Settings(**results["settings"])
+def draw_all(settings: Settings, runs: Runs, results: dict[str, Any], outcome: Outcome) -> None:
+    """Draws every figure into the directory ``settings.results``."""
     figures = {
         "loss_curves.png": lambda: _loss_curves(settings, outcome),
         "decision_boundaries.png": lambda: _decision_boundaries(settings, runs, outcome),
@@ -57,14 +55,11 @@ def draw_all(directory: Path, runs: Runs, results: dict[str, Any], outcome: Outc
     }
     if results["grid"] is not None:
         figures["learning_rates.png"] = lambda: _learning_rates(settings, results)
-    paths = []
     for name, draw in figures.items():
         with plt.rc_context(STYLE):
             figure = draw()
-            paths.append(directory / name)
-            figure.savefig(paths[-1])
+            figure.savefig(settings.results / name)
             plt.close(figure)
-    return paths
 
 
 def _loss_curves(settings: Settings, outcome: Outcome) -> Figure:
@@ -204,6 +199,7 @@ def _learning_rates(settings: Settings, results: dict[str, Any]) -> Figure:
         gains = np.asarray(list(method["gain"].values()))
         # The layers' geometric mean: one number for how much longer the steps were.
         gain = np.exp(np.log(gains).mean(axis=0)) if gains.size else np.ones_like(mean)
+        gain[~np.isfinite(gain)] = np.nan  # alpha b1 was above 1
         for axes, rates in ((left, grid["rates"]), (right, grid["rates"] * gain)):
             axes.plot(rates, mean, label=label, **look)
             axes.fill_between(rates, low, high, color=look["color"], alpha=0.15, linewidth=0)

@@ -1,6 +1,7 @@
 """The tables that a person reads: printed, and kept in results.txt."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +21,12 @@ def report(results: dict[str, Any]) -> str:
         sections += [_grid(results), _controls(results)]
     notes = divergence_notes(results)
     if notes:
-        sections.append("\n".join(notes))
+        sections.append("\n".join(textwrap.fill(note, 100) for note in notes))
     return "\n\n".join(sections)
 
 
 def divergence_notes(results: dict[str, Any]) -> list[str]:
-    """A sentence for each optimizer that diverged on some seeds; the README shows this one."""
+    """What is to be said of each optimizer that diverged on some seeds."""
     notes, total = [], results["settings"]["seeds"]
     for arm, found in results["divergence"].items():
         if not found["seeds"]:
@@ -60,6 +61,9 @@ def _paper(results: dict[str, Any]) -> str:
     settings, arms, paper = results["settings"], results["optimizers"], results["paper"]
     seeds, epoch = settings["seeds"], settings_epoch(settings)
     adam, lama = arms["adam"], arms["lama"]
+    paper_row = "  the paper, one seed"
+    if epoch != settings["loss_epoch"]:
+        paper_row += f", epoch {settings['loss_epoch']}"
     rows: list[Sequence[str]] = []
     for title, key, digits in (
         ("test accuracy, %", "accuracy", 2),
@@ -70,7 +74,7 @@ def _paper(results: dict[str, Any]) -> str:
         rows += [
             (title, "", "", ""),
             (
-                "  the paper, one seed",
+                paper_row,
                 f"{paper_adam:.2f}",
                 f"{paper_lama:.2f}",
                 f"{paper_lama - paper_adam:+.2f}",
@@ -85,7 +89,9 @@ def _paper(results: dict[str, Any]) -> str:
                 f"  here, mean of {seeds} seeds",
                 f"{adam[key].mean:.{digits}f}",
                 f"{lama[key].mean:.{digits}f}",
-                _signed(lama[f"{key}_minus_adam"], digits + 1),
+                "diverged"
+                if results["divergence"]["lama"]["seeds"]
+                else _signed(lama[f"{key}_minus_adam"], digits + 1),
             ),
         ]
     header = ("", "Adam", "LAMA-Adam", "difference [95 % interval, paired]")
@@ -93,18 +99,25 @@ def _paper(results: dict[str, Any]) -> str:
         "Table 1 and the loss of Figure 1, three ways\n"
         + table(header, rows)
         + "\nThe loss is the mean of the epoch's batch losses, each before its step.\n\n"
-        + verdict(results)
+        + textwrap.fill(verdict(results), 100)
     )
 
 
 def _optimizers(results: dict[str, Any]) -> str:
+    def minus_adam(name: str, key: str, digits: int) -> str:
+        if name == "adam":
+            return ""
+        if results["divergence"][name]["seeds"]:
+            return "diverged"
+        return _signed(results["optimizers"][name][f"{key}_minus_adam"], digits)
+
     rows = [
         (
             arm["label"],
             f"{arm['accuracy'].mean:.2f}",
-            "" if name == "adam" else _signed(arm["accuracy_minus_adam"], 2),
+            minus_adam(name, "accuracy", 2),
             f"{arm['loss'].mean:.4f}",
-            "" if name == "adam" else _signed(arm["loss_minus_adam"], 4),
+            minus_adam(name, "loss", 4),
             f"{arm['microseconds_per_step']:.1f}",
         )
         for name, arm in results["optimizers"].items()
@@ -158,14 +171,15 @@ def _traces(results: dict[str, Any]) -> str:
         for name, errors in by_layer.items()
     ]
     settings = results["settings"]
-    header = ("H, all training points", "true", "exact", "diff.", "error", "error", "apart")
+    header = ("", "true H", "exact", "finite d.", "error, exact", "error, finite d.", "apart")
     return (
         f"Exact Hessian-vector products and finite differences (delta {settings['fd_step']:g}),"
         f" K = {settings['probes']}, float32\n"
-        + table(("", "", "", "finite", "exact", "finite d.", "the two"), [header, *rows])
-        + "\ntrue: exact_trace. Means over seeds, root mean square errors. Both use the same"
-        "\nprobes, so that what sets them apart is the differencing, not chance: a step of delta"
-        "\ncrosses kinks of ReLU, whose curvature the derivative does not see."
+        + table(header, rows)
+        + "\nOf the loss of all training points; true H by exact_trace. Means over seeds, and root"
+        "\nmean square errors; apart: root mean square of exact minus finite d. Both use the same"
+        "\nprobes: what sets them apart is the differencing, not chance. A step of delta crosses"
+        "\nkinks of ReLU, where the gradient jumps; the second derivative does not see the jump."
     )
 
 
@@ -197,7 +211,7 @@ def _grid(results: dict[str, Any]) -> str:
         f"Learning rates, {grid['seeds']} seeds: test accuracy of Adam, and LAMA-Adam minus Adam,"
         " points\n"
         + table(columns, rows)
-        + f"\nlayers: {', '.join(names)}.\n\n"
+        + f"\nIntervals of 95 %: by chance, one in twenty misses. Layers: {', '.join(names)}.\n\n"
         + "Tuned against tuned: rate chosen on every other seed, accuracy on the rest\n"
         + table(("", "best rate", "accuracy, %", "minus tuned Adam"), tuned)
     )

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ def versions() -> dict[str, str]:
     return ours | installed
 
 
-def machine() -> dict[str, str | int]:
+def machine() -> dict[str, str | int | float]:
     """What the seconds depend on."""
     return {
         "processor": _processor(),
         "cores": available_cores(),
+        # Above the number of cores, others were at work too and the seconds are too many.
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan,
         "system": f"{platform.system()} {platform.machine()}",
         "jax_devices": f"{jax.device_count()} x {jax.devices()[0].platform}",
     }

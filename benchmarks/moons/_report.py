@@ -122,6 +122,12 @@ def _optimizers(results: dict[str, Any]) -> str:
         )
         for name, arm in results["optimizers"].items()
     ]
+    load, cores = results["machine"]["load_average"], results["machine"]["cores"]
+    busy = (
+        f"\nOthers used this machine (load {load:.1f} on {cores} cores): the times are too long."
+        if load > 1.5 * cores
+        else ""
+    )
     epoch = settings_epoch(results["settings"])
     header = ("", "accuracy, %", "minus Adam", f"loss, ep. {epoch}", "minus Adam", "us/step")
     return (
@@ -129,7 +135,7 @@ def _optimizers(results: dict[str, Any]) -> str:
         f" {results['settings']['seeds']} seeds\n"
         + table(header, rows)
         + "\nus/step: microseconds per step and seed, all cores busy; median over blocks of seeds"
-        "\nin which the optimizers took turns."
+        f"\nin which the optimizers took turns.{busy}"
     )
 
 

@@ -1,0 +1,365 @@
+"""Eight devices give what one device gives, whatever the layout, and the optimizer moves no more.
+
+Plain `jax.jit` over sharded arrays needs nothing from the user; inside `jax.shard_map` and
+`jax.pmap` the optimizer takes ``axis_name``. Tolerances: the devices add the batch's 64 terms in
+another order, which changes a gradient by some 1e-7 of itself, and a step of Adam's kind, of
+length 1e-2, passes that on. Measured over 20 steps: parameters within 3e-7, curvatures (0.03 to
+0.2) within 4e-8. The limit 1e-6 is a hundred-thousandth of the way that the parameters go; a
+curvature wrong by one per cent moves them by more.
+"""
+
+import collections
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, reshard
+from jax.sharding import PartitionSpec as P
+
+from lama_optax import hutchinson, lam, lama_adam, layer_curvature
+from lama_optax._layers import resolve_layers
+from lama_optax._probes import PROBES
+
+STEPS = 20
+TOLERANCE = 1e-6
+PROBES_DRAWN = 4
+
+adapted = functools.partial(lama_adam, 1e-2, sensitivity=3.0)
+OPTIMIZERS = {
+    "joint": functools.partial(adapted, estimator=hutchinson(PROBES_DRAWN)),
+    "block": functools.partial(adapted, estimator=hutchinson(2, scope="block", probe="sphere")),
+    "finite_difference": functools.partial(
+        adapted, estimator=hutchinson(3, hvp="finite_difference", probe="gaussian")
+    ),
+    "chunks": functools.partial(adapted, estimator=hutchinson(5, chunk_size=2)),
+    "interval": functools.partial(
+        adapted, estimator=hutchinson(3, chunk_size=1), update_interval=3, curvature_decay=0.5
+    ),
+    "lam": lambda: lam(1e-2, granularity="layer"),
+}
+
+# Every layout and kind of mesh for one estimator; both sharded layouts for each of the others.
+CASES = [
+    ("joint", kind, layout) for kind in ("Auto", "Explicit") for layout in ("dp", "fsdp", "tp")
+]
+CASES += [(name, "Auto", "fsdp") for name in ("block", "chunks")]
+CASES += [(name, "Explicit", "tp") for name in ("block", "chunks")]
+CASES += [(name, "Auto", "tp") for name in ("finite_difference", "interval", "lam")]
+CASES += [(name, "Explicit", "fsdp") for name in ("finite_difference", "interval", "lam")]
+
+ALL = ("data", "model")
+SPECS = {  # of both kernels and biases, then of the batch; the mesh is 4 x 2
+    "dp": ((P(), P(), P(), P()), P(ALL, None)),
+    "fsdp": ((P(ALL, None), P(ALL), P(ALL, None), P(ALL)), P(ALL, None)),
+    "tp": ((P(None, "model"), P("model"), P("model", None), P()), P("data", None)),
+}
+
+# Less of LLVM's work, a third of the time to compile. What is tested here, how the arrays are
+# partitioned, XLA decides before.
+fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def tree(kernel_0, bias_0, kernel_1, bias_1):
+    return {
+        "hidden": {"kernel": kernel_0, "bias": bias_0},
+        "head": {"kernel": kernel_1, "bias": bias_1},
+    }
+
+
+def start():
+    rng = np.random.default_rng(0)
+
+    def draw(*shape, scale=0.3):
+        return jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+
+    return tree(draw(16, 32), draw(32), draw(32, 8), draw(8)), (
+        draw(64, 16, scale=1.0),
+        draw(64, 8, scale=1.0),
+    )
+
+
+def loss_fn(params, batch, gathered=None, contracted=None):
+    """Mean squared error of a network 16-32-8.
+
+    With explicit axis types it is the user who says what no rule of JAX's decides: that FSDP's
+    parameters are ``gathered`` for use, and how a ``contracted`` product over the sharded hidden
+    width is laid out.
+    """
+    inputs, targets = batch
+    if gathered is not None:
+        params = jax.tree.map(lambda leaf: reshard(leaf, gathered), params)
+    hidden = jnp.tanh(inputs @ params["hidden"]["kernel"] + params["hidden"]["bias"][None, :])
+    outputs = jnp.einsum("bh,ho->bo", hidden, params["head"]["kernel"], out_sharding=contracted)
+    return jnp.mean((outputs + params["head"]["bias"][None, :] - targets) ** 2)
+
+
+def make_step(tx, loss=loss_fn):
+    tx = optax.with_extra_args_support(tx)
+
+    def step(params, state, batch):
+        grads = jax.grad(loss)(params, batch)
+        updates, state = tx.update(grads, state, params, value_fn=lambda p: loss(p, batch))
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def layout_on_mesh(kind, layout):
+    """The mesh, the sharded parameters and batch, and the loss as one writes it for them."""
+    mesh = jax.make_mesh((4, 2), ALL, axis_types=(getattr(AxisType, kind),) * 2)
+    param_specs, batch_spec = SPECS[layout]
+    params, batch = start()
+    params = jax.tree.map(
+        lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)),
+        *(params, tree(*param_specs)),
+    )
+    batch = jax.device_put(batch, NamedSharding(mesh, batch_spec))
+    loss = loss_fn
+    if kind == "Explicit" and layout == "fsdp":
+        loss = functools.partial(loss_fn, gathered=P())
+    elif kind == "Explicit" and layout == "tp":
+        loss = functools.partial(loss_fn, contracted=P("data", None))
+    return mesh, params, batch, loss
+
+
+def on_mesh(mesh, state):
+    """Scalars to every device, where the first step leaves them; the rest stays where it is."""
+    everywhere = NamedSharding(mesh, P())
+    return jax.tree.map(
+        lambda leaf: leaf if leaf.sharding.num_devices > 1 else jax.device_put(leaf, everywhere),
+        state,
+    )
+
+
+@functools.cache
+def compiled_step(name, kind, layout):
+    """The step compiled once for these shardings, and what it starts from."""
+    mesh, params, batch, loss = layout_on_mesh(kind, layout)
+    tx = OPTIMIZERS[name]()
+    with jax.set_mesh(mesh):
+        state = on_mesh(mesh, tx.init(params))
+        compiled = fast_jit(make_step(tx, loss)).lower(params, state, batch).compile()
+    return compiled, params, state, batch
+
+
+def train(step, params, state, batch):
+    for _ in range(STEPS):
+        params, state = step(params, state, batch)
+    return params, state
+
+
+@functools.cache
+def on_one_device(name):
+    params, batch = start()
+    tx = OPTIMIZERS[name]()
+    return train(fast_jit(make_step(tx)), params, tx.init(params), batch)
+
+
+def assert_equal_training(params, state, name):
+    expected_params, expected_state = on_one_device(name)
+    moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), expected_params, start()[0])
+    assert min(jax.tree.leaves(moved)) > 0.05  # so that agreement means something
+    for actual, expected in ((params, expected_params), (state[0], expected_state[0])):
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "kind", "layout"), CASES)
+def test_sharded_training_is_training_on_one_device(name, kind, layout):
+    # A compiled step refuses other shardings than those it was compiled for: that it can be called
+    # again with what it returned says that parameters and moments stay where they were put.
+    step, params, state, batch = compiled_step(name, kind, layout)
+    if name != "lam":
+        moments = jax.tree.leaves((state[0].mu, state[0].nu))
+        for leaf, moment in zip(jax.tree.leaves((params, params)), moments, strict=True):
+            assert moment.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+    assert_equal_training(*train(step, params, state, batch), name)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("layout", ["fsdp", "tp"])
+def test_probes_do_not_depend_on_the_sharding(kind, layout):
+    """Generated in pieces where they are used, with the bits of one device."""
+    mesh, params, _, _ = layout_on_mesh(kind, layout)
+
+    def draw(key, params):
+        layers = resolve_layers("module", params)
+        return {name: probe(key, params, layers) for name, probe in PROBES.items()}
+
+    expected = fast_jit(draw)(jax.random.key(3), start()[0])
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    with jax.set_mesh(mesh):
+        sharded = fast_jit(draw, out_shardings=dict.fromkeys(PROBES, shardings))
+        key = jax.random.key(3)
+        probes = sharded(key, params)
+        assert not gathers(sharded.lower(key, params).compile())
+    for name in ("rademacher", "gaussian"):
+        for a, b in zip(*map(jax.tree.leaves, (probes[name], expected[name])), strict=True):
+            np.testing.assert_array_equal(a, b)
+    # A layer's norm is a sum over the devices: 544 terms, rounded to float32.
+    for a, b in zip(*map(jax.tree.leaves, (probes["sphere"], expected["sphere"])), strict=True):
+        np.testing.assert_allclose(a, b, rtol=4 * np.finfo(np.float32).eps)
+
+
+# Mapped by hand: shard_map and pmap -------------------------------------------------------------
+
+
+def mapped_step(tx, how, value_fn_is_averaged):
+    """Data parallel by hand, as users write it: the gradient is averaged by them."""
+
+    def average(params, batch):
+        return jax.lax.pmean(loss_fn(params, batch), "replicas")
+
+    def step(params, state, batch):
+        if how == "shard_map, checked":  # the gradient of a replicated argument is summed by JAX
+            grads = jax.grad(average)(params, batch)
+        else:
+            grads = jax.lax.pmean(jax.grad(loss_fn)(params, batch), "replicas")
+        value_fn = average if value_fn_is_averaged else loss_fn
+        updates, state = tx.update(grads, state, params, value_fn=lambda p: value_fn(p, batch))
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def train_mapped(tx, how, value_fn_is_averaged=False):
+    """The parameters and the state after training, with the replicas along the first axis."""
+    params, batch = start()
+    start_from = params, tx.init(params)
+    step = mapped_step(tx, how, value_fn_is_averaged)
+    mesh = jax.make_mesh((8,), ("replicas",), axis_types=(AxisType.Auto,))
+    if how == "pmap":
+        start_from = jax.tree.map(lambda leaf: np.stack([leaf] * 8), start_from)
+        batch = jax.tree.map(lambda leaf: leaf.reshape(8, 8, -1), batch)
+        return train(jax.pmap(step, axis_name="replicas"), *start_from, batch)
+    mapped = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(P(), P(), P("replicas")),
+        out_specs=P(),
+        check_vma=how == "shard_map, checked",
+    )
+    trained = train(fast_jit(mapped), *on_mesh(mesh, start_from), batch)
+    return jax.tree.map(
+        lambda leaf: np.stack([shard.data for shard in leaf.addressable_shards]), trained
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "value_fn_is_averaged"),
+    [
+        ("joint", "shard_map, checked", False),
+        ("joint", "shard_map, unchecked", False),
+        ("block", "shard_map, checked", True),
+        ("finite_difference", "shard_map, unchecked", True),
+        ("interval", "shard_map, checked", True),
+        ("interval", "pmap", True),
+    ],
+)
+def test_replicas_agree_to_the_bit_and_with_one_device(name, how, value_fn_is_averaged):
+    tx = OPTIMIZERS[name](axis_name="replicas")
+    trained = train_mapped(tx, how, value_fn_is_averaged)
+    for leaf in jax.tree.leaves(trained):
+        assert len(leaf) == 8
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
+    assert_equal_training(*jax.tree.map(lambda leaf: leaf[0], trained), name)
+
+
+def test_without_axis_name_the_replicas_would_drift_apart():
+    """Why ``axis_name`` is there: each replica would follow the curvature of its own examples."""
+    params, state = train_mapped(OPTIMIZERS["joint"](), "shard_map, unchecked")
+    assert np.all(np.ptp(state[0].curvature, axis=0) > 1e-3)
+    assert all(np.max(np.ptp(leaf, axis=0)) > 1e-4 for leaf in jax.tree.leaves(params))
+
+
+def test_layer_curvature_outside_an_optimizer_takes_sharded_parameters():
+    mesh, params, batch, loss = layout_on_mesh("Explicit", "tp")
+
+    def estimate(params, batch, loss):
+        value_fn = functools.partial(loss, batch=batch)
+        return layer_curvature(params, 0, estimator=hutchinson(3), value_fn=value_fn)
+
+    jitted = fast_jit(estimate, static_argnums=2)
+    with jax.set_mesh(mesh):
+        sharded = jitted(params, batch, loss)
+    expected = jitted(*start(), loss_fn)
+    for actual, wanted in zip(sharded, expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=0, atol=TOLERANCE)
+
+
+# What the compiled step moves between the devices -----------------------------------------------
+#
+# What holds for the step with LAMA, asserted below:
+# - data parallel and tensor parallel: nothing is gathered. The products v^T H v add all-reduces of
+#   the shapes of the gradient's own, with a leading axis for the probes;
+# - FSDP, automatic axis types: what is gathered is parameters that the gradient gathers too, each
+#   once more at most (XLA does not see that the second derivative wants the same; it does for
+#   kernels, not for biases). No moment is gathered, and no probe: each device draws the whole
+#   probe, from bits that do not depend on the sharding;
+# - FSDP, explicit axis types: besides, the loss gathers its argument's tangent as it gathers its
+#   argument, because the user told it to: the probes, drawn in pieces, once a leaf.
+# Not asserted: how XLA schedules gathers in a loop over the probes (`chunk_size`). It takes the
+# parameters' out of the loop; with finite differences they cannot be, each probe having its own
+# shifted parameters, and the gathers' shapes are still the gradient's.
+
+
+def gathers(compiled):
+    """Counts a compiled step's all-gathers by the operand's name and the shape of the result.
+
+    An operand that is not an argument of the step is called "computed".
+    """
+    text = compiled.as_text()
+    names = dict(re.findall(r'(%\S+) = \S+ parameter\(\d+\).*op_name="([^"]*)"', text))
+    counts = collections.Counter()
+    for results, operands in re.findall(r" = (.*?) all-gather(?:-start)?\(([^)]*)\)", text):
+        shapes = re.findall(r"\w+\[([\d,]*)\]", results)
+        for shape, operand in zip(shapes, operands.split(", "), strict=True):
+            name = names.get(operand.split()[-1], "computed").replace("\\", "")
+            counts[name, tuple(map(int, shape.split(",")))] += 1
+    return counts
+
+
+def gathers_of_the_gradient(kind):
+    _, params, batch, loss = layout_on_mesh(kind, "fsdp")
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    with jax.set_mesh(mesh):
+        return gathers(fast_jit(jax.grad(loss)).lower(params, batch).compile())
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("Auto", "dp"), ("Auto", "tp"), ("Explicit", "dp"), ("Explicit", "tp")]
+)
+def test_data_and_tensor_parallel_steps_gather_nothing(kind, layout):
+    compiled, *_ = compiled_step("joint", kind, layout)
+    assert not gathers(compiled)
+    # Nor do they move a shard elsewhere.
+    assert not re.search(r" (all-to-all|collective-permute)", compiled.as_text())
+    # That something is moved at all: the mean over the batch.
+    assert " all-reduce(" in compiled.as_text()
+
+
+def test_fsdp_step_gathers_what_the_gradient_gathers():
+    of_gradient = gathers_of_the_gradient("Auto")
+    params, _ = start()
+    shapes = {
+        f"params{jax.tree_util.keystr(path)}": leaf.shape
+        for path, leaf in jax.tree.leaves_with_path(params)
+    }
+    # The gradient gathers each parameter once. This also tests the reading of the text.
+    assert of_gradient == dict.fromkeys(shapes.items(), 1)
+    of_step = gathers(compiled_step("joint", "Auto", "fsdp")[0])
+    assert set(of_step) == set(of_gradient)
+    assert max(of_step.values()) <= 2
+
+
+def test_fsdp_step_with_explicit_axes_gathers_the_tangents_besides():
+    of_gradient = gathers_of_the_gradient("Explicit")
+    assert of_gradient.total() == 4
+    tangents = {("computed", (PROBES_DRAWN, *shape)): 1 for _, shape in of_gradient}
+    of_step = gathers(compiled_step("joint", "Explicit", "fsdp")[0])
+    assert set(of_step) == set(of_gradient) | set(tangents)
+    assert max(of_step.values()) <= 2

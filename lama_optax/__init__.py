@@ -13,6 +13,7 @@ from lama_optax._report import layer_report as layer_report
 from lama_optax.estimators import Estimator as Estimator
 from lama_optax.estimators import LayerCurvature as LayerCurvature
 from lama_optax.estimators import exact_trace as exact_trace
+from lama_optax.estimators import flipout as flipout
 from lama_optax.estimators import hutchinson as hutchinson
 from lama_optax.estimators import layer_curvature as layer_curvature
 

@@ -107,9 +107,24 @@ def lama_adam(
             axis_name=axis_name,
             key=key,
         ),
-        optax.identity() if never_decays else optax.add_decayed_weights(weight_decay, mask),
+        optax.identity() if never_decays else _add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def _add_decayed_weights(
+    weight_decay: ArrayLike, mask: Any | Callable[[optax.Params], Any] | None
+) -> optax.GradientTransformationExtraArgs:
+    """Optax's, with updates that keep their dtype where an array ``weight_decay`` has another."""
+    decay = optax.with_extra_args_support(optax.add_decayed_weights(weight_decay, mask))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None, **extra: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        decayed, state = decay.update(updates, state, params, **extra)
+        return optax.tree.cast_like(decayed, updates), state
+
+    return optax.GradientTransformationExtraArgs(decay.init, update)
 
 
 def lam(

@@ -14,7 +14,7 @@ import optax
 from jax.typing import ArrayLike
 
 from lama_optax import _equations as eq
-from lama_optax._layers import LayerSpec, check_layers, resolve_layers
+from lama_optax._layers import LayerSpec, check_layers, check_structure, resolve_layers
 from lama_optax._numbers import as_scalar, check_number, check_word, wide_dtype
 
 PyTree = Any
@@ -88,7 +88,8 @@ def lam_scale(
     def scale(g: jax.Array, accumulator: jax.Array, finite: jax.Array) -> jax.Array:
         dtype = accumulator.dtype
         update = eq.lam_step(g.astype(dtype), accumulator, as_scalar(eps, dtype))
-        return jnp.where(finite & jnp.isfinite(update), update, 0).astype(g.dtype)
+        update = update.astype(g.dtype)
+        return jnp.where(finite & jnp.isfinite(update), update, 0)
 
     def update_fn(
         updates: optax.Updates,
@@ -100,10 +101,16 @@ def lam_scale(
         squared = jax.tree.map(lambda g: jnp.square(g.astype(wide_dtype(g))), updates)
         if granularity == "layer":
             partition = resolve_layers(layers, updates if params is None else params)
+            if state.accumulator.shape != (len(partition.names),):
+                raise ValueError(
+                    f"updates must have the structure that `init` saw, of"
+                    f" {state.accumulator.size} layers; got the layers {partition.names}."
+                )
             mean_squared = partition.sum(squared) / jnp.maximum(partition.size_array(), 1)
             new, finite = accumulate(state.accumulator, mean_squared)
             of_leaf = [partition.spread(x, updates) for x in (new, finite)]
         else:
+            check_structure("updates", updates, state.accumulator)
             pairs = jax.tree.map(accumulate, state.accumulator, squared)
             new, finite = jax.tree.transpose(jax.tree.structure(updates), None, pairs)
             of_leaf = [new, finite]

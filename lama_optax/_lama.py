@@ -15,17 +15,25 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from lama_optax import _equations as eq
-from lama_optax._layers import Layers, LayerSpec, check_layers, match_to_params, resolve_layers
+from lama_optax._layers import (
+    Layers,
+    LayerSpec,
+    check_layers,
+    check_structure,
+    match_to_params,
+    resolve_layers,
+)
 from lama_optax._numbers import (
     as_scalar,
     check_count,
+    check_float_dtype,
     check_number,
     check_range,
     check_word,
     wide_dtype,
 )
 from lama_optax.estimators import Estimator, hutchinson
-from lama_optax.estimators._protocol import as_typed_key
+from lama_optax.estimators._protocol import as_typed_key, check_estimator
 
 PyTree = Any
 
@@ -154,11 +162,9 @@ def lama_scale(
     if max_momentum is not None:
         check_number("max_momentum", max_momentum, "None or in [0, 1)", low=0, high=1)
     check_layers(layers)
-    if isinstance(estimator, type) or not isinstance(estimator, Estimator):
-        raise ValueError(
-            "estimator must be a record with an `estimate` method, such as"
-            f" hutchinson(num_probes=10); got {estimator!r}."
-        )
+    check_estimator(estimator)
+    if mu_dtype is not None:
+        check_float_dtype("mu_dtype", mu_dtype)
 
     def factor_and_momentum(curvature: jax.Array) -> tuple[jax.Array, jax.Array]:
         limits = (as_scalar(x, curvature.dtype) for x in (alpha_min, alpha_max, sensitivity))
@@ -193,7 +199,12 @@ def lama_scale(
         curvature: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LamaState]:
-        _check_structure(updates, state, params)
+        if params is None:
+            raise ValueError(
+                "params is missing: call tx.update(grads, state, params, value_fn=...)."
+            )
+        check_structure("updates", updates, state.mu)
+        check_structure("params", params, state.mu)
         partition = resolve_layers(layers, params)
 
         def absorb(mean: jax.Array) -> _Curvature:
@@ -246,14 +257,15 @@ def lama_scale(
         nu_hat = eq.bias_corrected(nu, as_scalar(b2, decay.dtype), count)
         new_updates = jax.tree.map(step, mu_hat, nu_hat)
 
+        new_updates = optax.tree.cast_like(new_updates, updates)
         mu = optax.tree.cast_like(mu, state.mu)
 
         def all_finite(*arrays: jax.Array) -> jax.Array:
             return functools.reduce(jnp.logical_and, map(jnp.isfinite, arrays))
 
         finite = jax.tree.map(all_finite, new_updates, mu, nu)
-        new_updates = jax.tree.map(jnp.where, finite, new_updates, optax.tree.zeros_like(nu))
-        return optax.tree.cast_like(new_updates, updates), LamaState(
+        none = optax.tree.zeros_like(updates)
+        return jax.tree.map(jnp.where, finite, new_updates, none), LamaState(
             count=count,
             mu=jax.tree.map(jnp.where, finite, mu, state.mu),
             nu=jax.tree.map(jnp.where, finite, nu, state.nu),
@@ -315,21 +327,6 @@ def _curvature_array(curvature: Any, params: PyTree, partition: Layers) -> jax.A
         means = jnp.broadcast_to(jnp.asarray(mean, partition.dtype), shape)
         leaf_sums.append(means * (np.size(leaf) // (depth or 1)))
     return eq.average_curvature(partition.sum(leaf_sums), partition.size_array())
-
-
-def _check_structure(updates: PyTree, state: LamaState, params: PyTree) -> None:
-    if params is None:
-        raise ValueError(
-            "params is missing: call tx.update(grads, state, params, value_fn=lambda p: loss(p))."
-        )
-    expected: Any = jax.tree.structure(state.mu)
-    for name, tree in (("updates", updates), ("params", params)):
-        structure: Any = jax.tree.structure(tree)
-        if structure != expected:
-            raise ValueError(
-                f"{name} must have the structure that `init` saw, {expected}; got"
-                f" {structure}. Call tx.init(params) again when the model changes."
-            )
 
 
 def _averaged(value_fn: Callable[[PyTree], Any], axis_name: str) -> Callable[[PyTree], Any]:

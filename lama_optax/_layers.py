@@ -160,7 +160,7 @@ def resolve_layers(layers: LayerSpec, params: PyTree) -> Layers:
             sizes[layer] += int(np.prod(jnp.shape(leaf)[0 if depth is None else 1 :]))
     is_double = any(wide_dtype(leaf) == jnp.float64 for leaf in leaves)
     return Layers(
-        names=_unique(names),
+        names=unique_names(names),
         sizes=tuple(sizes),
         leaf_layer=tuple(first[group] for group in groups),
         leaf_depth=tuple(leaf_depth),
@@ -210,7 +210,7 @@ def match_to_params(name: str, tree: PyTree, params: PyTree) -> list[Any]:
       ValueError: naming the argument ``name``, if the two do not fit.
     """
     try:
-        full = jax.tree.broadcast(tree, params, is_leaf=is_masked)
+        full = jax.tree.broadcast(_hide_masked(tree, params), params, is_leaf=is_masked)
         matched = jax.tree.leaves(full, is_leaf=is_masked)
         slots = jax.tree.leaves(params, is_leaf=is_masked)
         pairs = list(zip(matched, slots, strict=True))
@@ -220,6 +220,30 @@ def match_to_params(name: str, tree: PyTree, params: PyTree) -> list[Any]:
             f" {jax.tree.structure(tree)} for params {jax.tree.structure(params)}."
         ) from error
     return [label for label, slot in pairs if not is_masked(slot)]
+
+
+def _hide_masked(tree: PyTree, params: PyTree) -> PyTree:
+    """``tree`` with `optax.MaskedNode` wherever ``params`` have it, for whole subtrees too."""
+    try:
+        return jax.tree.map(lambda p, t: p if is_masked(p) else t, params, tree, is_leaf=is_masked)
+    except ValueError:  # a prefix of params, which ends above the masked nodes
+        return tree
+
+
+def check_structure(name: str, tree: PyTree, expected: PyTree) -> None:
+    """Raises `ValueError` unless ``tree`` has the structure and the shapes of ``expected``."""
+    structure: Any = jax.tree.structure(tree)
+    if structure != jax.tree.structure(expected):
+        raise ValueError(
+            f"{name} must have the structure that `init` saw, {jax.tree.structure(expected)}; got"
+            f" {structure}. Call tx.init(params) again when the model changes."
+        )
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    expected_shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(expected)]
+    if shapes != expected_shapes:
+        raise ValueError(
+            f"{name} must have the shapes that `init` saw, {expected_shapes}; got {shapes}."
+        )
 
 
 def _labels(layers: LayerSpec, params: PyTree) -> Sequence[Hashable]:
@@ -286,7 +310,7 @@ def _drop_root(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _unique(names: Sequence[str]) -> tuple[str, ...]:
+def unique_names(names: Sequence[str]) -> tuple[str, ...]:
     """Numbers repeated names (``{"a/b": ...}`` beside ``{"a": {"b": ...}}``), the first kept."""
     taken: set[str] = set(names)
     seen: set[str] = set()

@@ -29,7 +29,8 @@ def check_number(
             f" the optimizer: optax.inject_hyperparams(lama_adam)(..., {name}=schedule)."
         )
     is_number = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
-    if not is_number or np.shape(value) != () or not low <= float(value) < high:
+    is_scalar = is_number and np.shape(value) == () and np.isfinite(value)
+    if not is_scalar or not low <= float(value) < high:
         raise ValueError(f"{name} must be {allowed}; got {value!r}.")
 
 
@@ -42,6 +43,16 @@ def check_count(name: str, value: Any) -> None:
     )
     if isinstance(value, bool) or not is_integer or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
+
+
+def check_float_dtype(name: str, value: Any) -> None:
+    """Raises `ValueError` unless ``value`` names a real floating-point dtype."""
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        is_float = False
+    if not is_float:
+        raise ValueError(f"{name} must be None or a real floating-point dtype; got {value!r}.")
 
 
 def check_range(low_name: str, low: Any, high_name: str, high: Any) -> None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lama_optax._lama import LamaState
-from lama_optax._layers import LayerSpec, is_masked, resolve_layers
+from lama_optax._layers import LayerSpec, is_masked, resolve_layers, unique_names
 
 PyTree = Any
 
@@ -46,7 +46,8 @@ def layer_report(
         raise ValueError(
             "opt_state must hold the state of lama_scale or lama_adam; none was found."
         )
-    report: dict[str, dict[str, float | int]] = {}
+    names: list[str] = []
+    rows: list[dict[str, float | int]] = []
     for state in states:
         partition = resolve_layers(layers, _visible_params(state, params))
         # Through leaves, since nnx.Optimizer wraps every array of its state.
@@ -58,13 +59,12 @@ def layer_report(
             )
         for name, size, *values in zip(partition.names, partition.sizes, *columns, strict=True):
             curvature, alpha, momentum = map(float, values)
-            report[name] = {
-                "curvature": curvature,
-                "alpha": alpha,
-                "momentum": momentum,
-                "size": size,
-            }
-    return report
+            names.append(name)
+            rows.append(
+                {"curvature": curvature, "alpha": alpha, "momentum": momentum, "size": size}
+            )
+    # Two states may each hold a part of one module: its kernel and its bias, say.
+    return dict(zip(unique_names(names), rows, strict=True))
 
 
 def _visible_params(state: LamaState, params: PyTree) -> PyTree:

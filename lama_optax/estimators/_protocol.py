@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lama_optax._layers import Layers, LayerSpec, is_masked, resolve_layers
 
@@ -78,18 +79,38 @@ def layer_curvature(
       >>> estimate.mean.tolist(), estimate.std_error.tolist(), estimate.size.tolist()
       ([2.0, 4.0], [0.0, 0.0], [3, 2])
     """
+    check_estimator(estimator)
     return estimator.estimate(
         as_typed_key(key), params, resolve_layers(layers, params), **estimator_args
     )
 
 
+def check_estimator(estimator: Any) -> None:
+    """Raises `ValueError` unless ``estimator`` is a record with an ``estimate`` method."""
+    if isinstance(estimator, type) or not isinstance(estimator, Estimator):
+        raise ValueError(
+            "estimator must be a record with an `estimate` method, such as"
+            f" hutchinson(num_probes=10); got {estimator!r}."
+        )
+
+
 def as_typed_key(key: int | jax.Array) -> jax.Array:
-    """A typed PRNG key from a seed, raw key data or a typed key."""
-    if jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
-        return jnp.asarray(key)
-    if jnp.ndim(key) == 0:
-        return jax.random.key(key)
-    return jax.random.wrap_key_data(jnp.asarray(key))
+    """A typed PRNG key from a seed, raw key data or a typed key.
+
+    Raises:
+      ValueError: if ``key`` is none of these, or several keys.
+    """
+    if isinstance(key, int | np.integer | np.ndarray | jax.Array) and not isinstance(key, bool):
+        dtype, shape = jnp.result_type(key), jnp.shape(key)
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
+            return jnp.asarray(key)
+        if jnp.issubdtype(dtype, jnp.integer) and shape == ():
+            return jax.random.key(key)
+        if dtype == jnp.uint32 and len(shape) == 1:
+            return jax.random.wrap_key_data(jnp.asarray(key))
+    raise ValueError(
+        f"key must be an integer seed, one typed PRNG key or the raw data of one; got {key!r}."
+    )
 
 
 def scalar_objective(

@@ -1,0 +1,247 @@
+"""Hutchinson's estimator with a probe of its own for every example.
+
+For a loss that is a mean over examples the Hessian is a mean of the examples' Hessians,
+
+    trace(H_l) = (1/B) sum_b E[v_b^T H_b,l v_b],
+
+and with independent v_b the variance falls by up to the batch size. `lama_optax._perturb` applies
+the probes without drawing or storing one weight-shaped array for each example.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lama_optax._equations import average_curvature
+from lama_optax._layers import Layers
+from lama_optax._numbers import check_count, check_word
+from lama_optax._perturb import DropSigns, Perturbed, Signs, evaluate
+from lama_optax._probes import rademacher
+from lama_optax.estimators._protocol import LayerCurvature, scalar_objective
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flipout:
+    """Settings of `flipout`."""
+
+    num_probes: int
+    scope: str
+
+    def estimate(
+        self,
+        key: jax.Array,
+        params: PyTree,
+        layers: Layers,
+        *,
+        example_value_fn: Callable[[PyTree, PyTree], jax.Array] | None = None,
+        batch: PyTree = None,
+        **extra_args: Any,
+    ) -> LayerCurvature:
+        """The mean over examples and probes of ``v_b^T H_b,l v_b``, over N_l."""
+        del extra_args
+        if example_value_fn is None or batch is None:
+            raise ValueError(
+                "example_value_fn and batch are needed by flipout: tx.update(grads, state, params,"
+                " example_value_fn=lambda p, example: loss of one example, batch=batch), where the"
+                " arrays of batch have the examples along their leading axis."
+            )
+        lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
+        if len(lengths) != 1 or lengths & {(), (0,)}:
+            raise ValueError(
+                "batch must hold arrays with the same number of examples along their leading axis;"
+                f" got shapes {[jnp.shape(x) for x in jax.tree.leaves(batch)]}."
+            )
+        loss = _ExampleLoss(example_value_fn, params, batch, layers)
+        num_layers = len(layers.names)
+
+        def joint(probe: PyTree, example_key: jax.Array, example: PyTree) -> jax.Array:
+            def along(t: jax.Array) -> jax.Array:
+                return loss(t, range(num_layers), probe, example_key, example)
+
+            t = jnp.zeros(num_layers, layers.dtype)
+            return jax.jvp(jax.grad(along), (t,), (jnp.ones_like(t),))[1]
+
+        def block(probe: PyTree, example_key: jax.Array, example: PyTree) -> jax.Array:
+            def second_derivative(layer: int) -> jax.Array:
+                one = jnp.ones((), layers.dtype)
+                basis = jnp.asarray([i == layer for i in range(num_layers)], layers.dtype)
+
+                def along(t: jax.Array) -> jax.Array:
+                    return loss(t * basis, [layer], probe, example_key, example)
+
+                def first_derivative(t: jax.Array) -> jax.Array:
+                    return jax.jvp(along, (t,), (one,))[1]
+
+                return jax.jvp(first_derivative, (jnp.zeros_like(one),), (one,))[1]
+
+            return jnp.stack([second_derivative(layer) for layer in range(num_layers)])
+
+        per_example = jax.vmap(joint if self.scope == "joint" else block, in_axes=(None, 0, 0))
+
+        def sample(probe_key: jax.Array) -> jax.Array:
+            weight_key, sign_key = jax.random.split(probe_key)
+            example_keys = jax.random.split(sign_key, loss.batch_size)
+            return per_example(rademacher(weight_key, params, layers), example_keys, batch)
+
+        keys = jax.random.split(key, self.num_probes)
+        samples = jax.lax.map(sample, keys) if self.num_probes > 1 else sample(keys[0])[None]
+        size = layers.size_array()
+        return LayerCurvature(
+            mean=average_curvature(jnp.mean(samples, axis=(0, 1)), size),
+            std_error=average_curvature(_standard_error(samples, loss.independent), size),
+            size=jnp.asarray(layers.sizes, jnp.int32).reshape(num_layers),
+        )
+
+
+class _ExampleLoss:
+    """The loss of one example at perturbed params, as a function of the layers' scales t."""
+
+    def __init__(
+        self,
+        example_value_fn: Callable[[PyTree, PyTree], jax.Array],
+        params: PyTree,
+        batch: PyTree,
+        layers: Layers,
+    ):
+        self._params, self._layers = params, layers
+        example = jax.tree.map(lambda x: x[0], batch)
+        self.batch_size = jax.tree.leaves(batch)[0].shape[0]
+
+        def value(p: PyTree, example: PyTree) -> jax.Array:
+            objective = scalar_objective(lambda p: example_value_fn(p, example), p, has_aux=False)
+            return objective(p).astype(layers.dtype)
+
+        self._jaxpr = jax.make_jaxpr(value)(params, example)
+        # Which signs each leaf can carry in all its uses is found by trying, on shapes alone.
+        self._dropped: dict[int, frozenset[int]] = {}
+        t = jnp.zeros(len(layers.names), layers.dtype)
+        every_layer = range(len(layers.names))
+        while True:
+            try:
+                jax.eval_shape(
+                    lambda key, p, e: self(t, every_layer, p, key, e),
+                    *(jax.random.key(0), params, example),
+                )
+            except DropSigns as drop:
+                known = self._dropped.get(drop.leaf, frozenset())
+                self._dropped[drop.leaf] = known | drop.origins
+            else:
+                break
+        # Given the shared probe, an example's sample is unbiased on its own, and so independent of
+        # the others', where no axis of the layer's leaves lost its signs.
+        shared = {layers.leaf_layer[leaf] for leaf in self._dropped}
+        self.independent = [layer not in shared for layer in every_layer]
+
+    def __call__(
+        self, t: jax.Array, active: Any, probe: PyTree, key: jax.Array, example: PyTree
+    ) -> jax.Array:
+        leaves, probes = jax.tree.leaves(self._params), jax.tree.leaves(probe)
+        scales = jax.tree.leaves(self._layers.spread(t, self._params))
+        args = [
+            self._perturbed(i, leaf, v, scale, jax.random.fold_in(key, i))
+            if self._is_active(i, active)
+            else leaf
+            for i, (leaf, v, scale) in enumerate(zip(leaves, probes, scales, strict=True))
+        ]
+        return evaluate(self._jaxpr, [*args, *jax.tree.leaves(example)])[0]
+
+    def _is_active(self, leaf: int, active: Any) -> bool:
+        first, depth = self._layers.leaf_layer[leaf], self._layers.leaf_depth[leaf]
+        return any(first <= layer < first + (depth or 1) for layer in active)
+
+    def _perturbed(
+        self, i: int, leaf: jax.Array, probe: jax.Array, scale: jax.Array, key: jax.Array
+    ) -> jax.Array | Perturbed:
+        axes = [a for a in range(leaf.ndim) if a not in self._dropped.get(i, frozenset())]
+        if leaf.ndim <= 1 and axes == list(range(leaf.ndim)):
+            # A bias or a scale meets an activation of its own size: perturbed as it is.
+            own = jax.random.rademacher(key, leaf.shape, leaf.dtype)
+            return leaf + scale.astype(leaf.dtype) * own
+        signs = tuple(
+            Signs(
+                frozenset({axis}),
+                (axis,),
+                jax.random.rademacher(
+                    jax.random.fold_in(key, axis), leaf.shape[axis : axis + 1], leaf.dtype
+                ),
+            )
+            for axis in axes
+        )
+        return Perturbed(i, leaf, probe, scale, signs)
+
+
+def _standard_error(samples: jax.Array, independent: list[bool]) -> jax.Array:
+    """One standard error of the mean of samples (K, B, L), given the batch."""
+    num_probes, batch_size, num_layers = samples.shape
+    root = jnp.sqrt(jnp.asarray(num_probes * batch_size, samples.dtype))
+    if num_probes == 1:
+        within = jnp.std(samples[0], axis=0, ddof=1) / root
+        between = jnp.full((num_layers,), jnp.nan, samples.dtype)
+    else:
+        within = jnp.sqrt(jnp.mean(jnp.var(samples, axis=0, ddof=1), axis=0)) / root
+        between = jnp.std(jnp.mean(samples, axis=1), axis=0, ddof=1) / jnp.sqrt(
+            jnp.asarray(num_probes, samples.dtype)
+        )
+    return jnp.where(jnp.asarray(independent), within, between)
+
+
+def flipout(num_probes: int = 1, *, scope: str = "joint") -> _Flipout:
+    r"""Hutchinson's estimator with a probe of its own for every example (Flipout's signs).
+
+    .. math::
+      H_l = \frac{1}{N_l} \operatorname{tr}(\nabla^2_l L)
+        \approx \frac{1}{N_l K B} \sum_{k=1}^{K} \sum_{b=1}^{B} v_{kb}^\top \nabla^2_l L_b\, v_{kb},
+      \qquad L = \frac{1}{B} \sum_{b=1}^{B} L_b
+
+    Of a weight with axes 1 to n the probe is
+    :math:`v_b = (s_{b1} \otimes \dots \otimes s_{bn}) \odot V`, with one
+    Rademacher V for all examples and a vector of signs for each axis and example. In
+    products of the weight with activations the signs go to the activations, so that the examples
+    together still cost one matrix product with W and one with V. It works on any function that
+    JAX traces; where a use of a weight cannot carry the signs of an axis (a convolution's window,
+    the rows of an embedding), that axis has none in all uses of the weight, and the estimate stays
+    unbiased.
+
+    The standard error is that of the estimate of this batch's curvature. With one probe it also
+    holds the spread between examples, and so is an upper limit; for a layer with an axis without
+    signs it is then NaN.
+
+    Args:
+      num_probes: K, the number of probes for each example; static.
+      scope: ``"joint"``: all layers at once, whatever the depth. ``"block"``: one layer at a time,
+        without the noise of the other layers; cost and compile time grow with the number of layers.
+
+    Returns:
+      An estimator that needs two arguments by keyword: ``example_value_fn(params, example)``, the
+      scalar loss of one example, and ``batch``, a pytree of arrays with the examples along the
+      leading axis. The loss whose curvature it estimates is the mean over the batch.
+
+    Raises:
+      ValueError: naming the argument, its value and what is allowed.
+
+    References:
+      Wen et al., `Flipout: Efficient Pseudo-Independent Weight Perturbations on Mini-Batches
+      <https://arxiv.org/abs/1803.04386>`_, 2018
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from lama_optax import flipout, layer_curvature
+      >>> params = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
+      >>> def example_value_fn(params, x):
+      ...     return jnp.sum((x @ params["dense"]["kernel"] + params["dense"]["bias"]) ** 2)
+      >>> batch = jax.random.normal(jax.random.key(0), (64, 3))
+      >>> estimate = layer_curvature(
+      ...     params, 0, estimator=flipout(), example_value_fn=example_value_fn, batch=batch
+      ... )
+      >>> estimate.mean.shape, bool(estimate.std_error[0] > 0)
+      ((1,), True)
+    """
+    check_count("num_probes", num_probes)
+    check_word("scope", scope, ("joint", "block"))
+    return _Flipout(num_probes, scope)

@@ -304,10 +304,7 @@ def test_every_number_can_be_changed_between_steps_without_a_compilation(factory
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["lama_adam", "lam-weight", "lam-layer"])
-def test_inject_hyperparams_with_half_precision_parameters(request, name, dtype):
-    if name == "lama_adam":
-        reason = "optax.add_decayed_weights promotes where weight_decay is an array"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_inject_hyperparams_with_half_precision_parameters(name, dtype):
     params = {"w": jnp.asarray([1.0, 2.0], dtype)}
     # Numbers in the dtype of the parameters, optax's default, would round 0.999 away.
     with pytest.raises(ValueError, match=r"hyperparam_dtype=jnp\.float32"):
@@ -393,12 +390,7 @@ MASKS = {
 }
 
 
-MODULE_MASK = pytest.param(
-    "modules", marks=pytest.mark.xfail(strict=True, reason="curvature= needs masks of leaves")
-)
-
-
-@pytest.mark.parametrize("mask", ["leaves", "function", MODULE_MASK])
+@pytest.mark.parametrize("mask", MASKS)
 def test_masked_takes_the_curvature_of_the_whole_tree(mask):
     tx = optax.masked(lama_scale(sensitivity=0.5), MASKS[mask])
     updates, state = update_once(tx, PARAMS, PARAMS, curvature=curvature_of(PARAMS))
@@ -416,7 +408,7 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize("labels", ["leaves", MODULE_MASK])
+@pytest.mark.parametrize("labels", LABELS)
 def test_partition_into_two_lama_groups(labels):
     tx = optax.partition(
         {"x": lama_scale(sensitivity=0.5), "y": lama_scale(sensitivity=-0.5)}, LABELS[labels]

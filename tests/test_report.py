@@ -126,7 +126,6 @@ def test_report_before_the_first_step():
     }
 
 
-@pytest.mark.xfail(strict=True, reason="the second row replaces the first")
 def test_two_optimizers_that_share_a_module_report_both():
     """A kernel in one group and its bias in the other: neither row may hide the other's."""
     tx = optax.partition(

@@ -248,7 +248,7 @@ LAMA_NUMBERS = {
     "sensitivity": -0.1,
     "update_interval": 2,
     "curvature_decay": 0.5,
-    "max_momentum": 0.3,
+    "max_momentum": 0.49,
     "learning_rate": 0.5,
     "weight_decay": 0.1,
 }
@@ -287,18 +287,23 @@ def test_every_number_can_be_changed_between_steps_without_a_compilation(factory
     train = jax.jit(functools.partial(two_steps, injected))
     initial = injected.init(params)
     assert set(initial.hyperparams) - {"key"} == set(numbers)
-    unchanged = train(initial)
-    for name, value in numbers.items():
-        changed = jnp.full_like(initial.hyperparams[name], value)
-        state = initial._replace(hyperparams={**initial.hyperparams, name: changed})
-        actual = train(state)
-        # The optimizer that was built with that number, which is no tracer there.
-        tx = factory(**{"learning_rate": 0.1, **static, name: value})
-        expected = two_steps(tx, tx.init(params))
-        # Roundings of float32 in another order, carried on by sin(3 x) |x|^2, of slope 20.
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5, err_msg=name)
-        assert np.abs(actual - unchanged).max() > 1e-4, name
-    assert len(traces) == 1 + len(numbers)
+    arrays = {
+        name: jnp.full_like(initial.hyperparams[name], value) for name, value in numbers.items()
+    }
+
+    def changed(arrays):
+        return train(initial._replace(hyperparams={**initial.hyperparams, **arrays}))
+
+    # Each of them has an effect of its own.
+    for name, array in arrays.items():
+        assert np.abs(changed({name: array}) - changed({})).max() > 1e-4, name
+    # All of them together are the optimizer that was built with them, which are no tracers there.
+    tx = factory(**static | numbers)
+    # Roundings of float32 in another order, carried on by sin(3 x) |x|^2, of slope 20.
+    np.testing.assert_allclose(
+        changed(arrays), two_steps(tx, tx.init(params)), rtol=1e-5, atol=1e-5
+    )
+    assert len(traces) == 2
 
 
 @pytest.mark.standard_promotion

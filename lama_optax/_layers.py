@@ -224,10 +224,14 @@ def match_to_params(name: str, tree: PyTree, params: PyTree) -> list[Any]:
 
 def _hide_masked(tree: PyTree, params: PyTree) -> PyTree:
     """``tree`` with `optax.MaskedNode` wherever ``params`` have it, for whole subtrees too."""
-    try:
-        return jax.tree.map(lambda p, t: p if is_masked(p) else t, params, tree, is_leaf=is_masked)
-    except ValueError:  # a prefix of params, which ends above the masked nodes
-        return tree
+    slots, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked)
+    hidden = {path for path, slot in slots if is_masked(slot)}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: optax.MaskedNode() if path in hidden else leaf,
+        tree,
+        is_leaf=lambda path, _: path in hidden,
+        is_leaf_takes_path=True,
+    )
 
 
 def check_structure(name: str, tree: PyTree, expected: PyTree) -> None:

@@ -407,6 +407,14 @@ def test_masked_takes_the_curvature_of_the_whole_tree(mask):
     assert updates["a"]["kernel"].tolist() != PARAMS["a"]["kernel"].tolist()
 
 
+def test_masked_takes_a_prefix_of_the_curvature():
+    """One number for a whole module, beside a tree for the module that is hidden."""
+    tx = optax.masked(lama_scale(), MASKS["modules"])
+    curvature = {"a": 2.0, "b": {"kernel": 1.0, "bias": 1.0}}
+    _, state = update_once(tx, PARAMS, PARAMS, curvature=curvature)
+    assert state.inner_state.curvature.tolist() == [2.0]
+
+
 LABELS = {
     "leaves": {"a": {"kernel": "x", "bias": "x"}, "b": {"kernel": "y", "bias": "y"}},
     "modules": {"a": "x", "b": "y"},

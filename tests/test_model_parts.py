@@ -302,13 +302,52 @@ def test_a_frozen_part_can_be_closed_over(x64):
 # -- no second derivative ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@jax.custom_vjp
+def tanh_on_host(x):
+    """A custom_vjp around a callback: jax reports the missing JVP as a ValueError of its own."""
+    return _on_host(x)
+
+
+def _on_host(x):
+    return jax.pure_callback(np.tanh, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+tanh_on_host.defvjp(lambda x: (_on_host(x),) * 2, lambda y, cotangent: (cotangent * (1 - y**2),))
+
+
+owed = pytest.mark.xfail(
+    strict=True, raises=(TypeError, AssertionError), reason="jax's own error is not translated yet"
+)
+
+
 @pytest.mark.parametrize("scanned", [False, True], ids=["plain", "scan"])
-def test_custom_vjp_without_jvp_names_both_remedies(jitted, scanned):
-    params, value_fn, *_ = with_activation(tanh_without_jvp, seed=0)
+@pytest.mark.parametrize(
+    ("estimator", "activation"),
+    [
+        pytest.param(hutchinson(1), tanh_without_jvp, id="nested-vmapped"),
+        # In a loop, which is how large models are estimated, jax reports it while it compiles.
+        pytest.param(hutchinson(2, chunk_size=1), tanh_without_jvp, id="nested-loop", marks=owed),
+        pytest.param(hutchinson(1, scope="block"), tanh_without_jvp, id="nested-block", marks=owed),
+        pytest.param(exact_trace(), tanh_without_jvp, id="nested-exact", marks=owed),
+        pytest.param(hutchinson(1), tanh_on_host, id="callback-vmapped", marks=owed),
+        pytest.param(exact_trace(), tanh_on_host, id="callback-exact", marks=owed),
+    ],
+)
+def test_every_estimator_names_both_remedies(estimator, activation, scanned):
+    params, value_fn, *_ = with_activation(activation, seed=0)
     params = optax.tree.cast(params, jnp.float32)
     if scanned:
         loss, value_fn = value_fn, lambda p: _scanned(loss, p)
+    with pytest.raises(ValueError, match=r"hvp='finite_difference'.*value_fn that does without"):
+        jax.jit(lambda p: layer_curvature(p, 0, estimator=estimator, value_fn=value_fn).mean).lower(
+            params
+        )  # before anything is compiled
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+def test_custom_vjp_without_jvp_names_both_remedies(jitted):
+    params, value_fn, *_ = with_activation(tanh_without_jvp, seed=0)
+    params = optax.tree.cast(params, jnp.float32)
     tx = lama_adam(0.1)
     update = functools.partial(tx.update, value_fn=value_fn)
     with pytest.raises(ValueError, match="cannot be differentiated twice") as error:

@@ -244,7 +244,7 @@ def _quartic(p):
     return sum(jnp.sum(leaf**4) for leaf in jax.tree.leaves(p))
 
 
-# -- typed PRNG keys break checkpoints; in full: test_checkpoint.py, test_lama.py ---------------
+# -- typed PRNG keys break checkpoints; in full: test_checkpoints.py ---------------
 
 
 def test_the_state_is_plain_arrays_and_resumes_to_the_bit():
@@ -329,7 +329,7 @@ def test_has_aux_in_sophia():
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, obj_fn=lambda p: (loss(p), {"n": 1}))
 
 
-# -- flax's TrainState passes no extra arguments; in full: test_flax.py --------------------------
+# -- TrainState of flax passes no extra arguments; in full: test_notebooks.py --------------------
 
 
 @pytest.mark.standard_promotion

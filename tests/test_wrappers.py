@@ -189,6 +189,13 @@ def test_hidden_params_train_with_the_curvature_of_the_whole(name):
     assert curvatures(state) == {"Dense_0": pytest.approx(expected, rel=1e-4, abs=1e-5)}
 
 
+def test_curvature_of_one_scalar_a_module_beside_a_hidden_one():
+    tx = optax.masked(lama(), MASK)
+    curvature = {"Dense_0": 2.0, "Dense_1": {"kernel": 3.0, "bias": 4.0}}
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS, curvature=curvature)
+    assert curvatures(state) == {"Dense_0": 2.0}
+
+
 def test_worked_example_lama_for_one_group_and_adam_for_the_other():
     """The body of a network by LAMA-Adam, its head by Adam, each at a rate of its own."""
     tx = optax.partition(
@@ -220,7 +227,7 @@ def test_worked_example_lama_for_one_group_and_adam_for_the_other():
         ):
             np.testing.assert_allclose(u, e, rtol=1e-3, atol=1e-5)
     assert_trained(value)
-    (report,) = [layer_report(state, params)]
+    report = layer_report(state, params)
     assert set(report) == {"Dense_0"}
     assert report["Dense_0"]["alpha"] != 1
 

@@ -11,7 +11,11 @@ from jax.flatten_util import ravel_pytree
 
 from lama_optax._equations import average_curvature
 from lama_optax._layers import Layers
-from lama_optax.estimators._protocol import LayerCurvature, scalar_objective
+from lama_optax.estimators._protocol import (
+    LayerCurvature,
+    check_twice_differentiable,
+    scalar_objective,
+)
 
 PyTree = Any
 
@@ -34,6 +38,7 @@ class _ExactTrace:
         """Sums the Hessian's diagonal, entry by entry, over each layer."""
         del key, extra_args
         objective = scalar_objective(value_fn, params, self.has_aux)
+        check_twice_differentiable(objective, params)
         flat, unravel = ravel_pytree(optax.tree.cast(params, layers.dtype))
 
         def diagonal_entry(i: jax.Array) -> jax.Array:

@@ -4,7 +4,6 @@ The Hessian is never formed; ``H v`` is one differentiation of the gradient alon
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,11 @@ from lama_optax._equations import average_curvature
 from lama_optax._layers import Layers
 from lama_optax._numbers import check_count, check_number, check_word
 from lama_optax._probes import PROBES
-from lama_optax.estimators._protocol import LayerCurvature, scalar_objective
+from lama_optax.estimators._protocol import (
+    LayerCurvature,
+    check_twice_differentiable,
+    scalar_objective,
+)
 
 PyTree = Any
 
@@ -84,7 +87,8 @@ class _Hutchinson:
     ) -> Callable[[PyTree], PyTree]:
         gradient = jax.grad(objective)
         if self.hvp == "exact":
-            return functools.partial(_exact_product, gradient, params)
+            check_twice_differentiable(objective, params)
+            return lambda v: jax.jvp(gradient, (params,), (v,))[1]
 
         # H v ~ (grad L(theta + delta v) - grad L(theta)) / delta
         at_params = gradient(params)
@@ -105,19 +109,6 @@ class _Hutchinson:
         if self.chunk_size is not None:
             return self.chunk_size
         return max(1, _DEFAULT_CHUNK_PARAMETERS // max(1, sum(layers.sizes)))
-
-
-def _exact_product(gradient: Callable[[PyTree], PyTree], params: PyTree, v: PyTree) -> PyTree:
-    try:
-        return jax.jvp(gradient, (params,), (v,))[1]
-    except (TypeError, NotImplementedError) as error:
-        if "custom_vjp" not in str(error) and "ifferentiation" not in str(error):
-            raise
-        raise ValueError(
-            "value_fn holds an operation that cannot be differentiated twice (a jax.custom_vjp"
-            " without a JVP, say). Use hutchinson(hvp='finite_difference'), which needs gradients"
-            " alone, or pass a value_fn that does without the operation."
-        ) from error
 
 
 def _map(fn: Callable[[jax.Array], jax.Array], keys: jax.Array, chunk: int) -> jax.Array:

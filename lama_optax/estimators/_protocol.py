@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
@@ -171,3 +172,39 @@ def scalar_objective(
         return jnp.asarray(value)
 
     return objective
+
+
+def check_twice_differentiable(objective: Callable[[PyTree], jax.Array], params: PyTree) -> None:
+    """Raises `ValueError` if a `jax.custom_vjp` in ``objective`` has no second derivative.
+
+    JAX finds that out when it compiles, far from here, so a loss that holds a `jax.custom_vjp` is
+    differentiated once more in the abstract; others cost one abstract evaluation.
+    """
+    names = _primitive_names(jax.make_jaxpr(objective)(params).jaxpr)
+    if not any(name.startswith("custom_vjp") for name in names):
+        return
+
+    def along_params(p: PyTree) -> PyTree:
+        return jax.jvp(jax.grad(objective), (p,), (p,))[1]
+
+    cause: Exception | None = None
+    try:
+        # What is left of a custom_vjp that was to be differentiated forwards.
+        has_derivative = "custom_lin" not in _primitive_names(
+            jax.make_jaxpr(along_params)(params).jaxpr
+        )
+    except (TypeError, ValueError, NotImplementedError) as error:
+        if "custom_vjp" not in str(error) and "JVP" not in str(error):
+            raise
+        has_derivative, cause = False, error
+    if not has_derivative:
+        raise ValueError(
+            "value_fn holds an operation that cannot be differentiated twice (a jax.custom_vjp"
+            " without a JVP). Use hutchinson(hvp='finite_difference'), which needs gradients alone,"
+            " or pass a value_fn that does without the operation."
+        ) from cause
+
+
+def _primitive_names(jaxpr: Any) -> set[str]:
+    names = {eqn.primitive.name for eqn in jaxpr.eqns}
+    return names.union(*(_primitive_names(inner) for inner in jex.subjaxprs(jaxpr)))

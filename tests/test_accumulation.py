@@ -265,12 +265,16 @@ def test_memory_stays_near_that_of_one_micro_batch():
         return jnp.mean(x**2)
 
     def temporaries(make_value_fn, batch):
-        def gradient_and_curvature(params, batch):
+        def gradient_and_curvature(params, batch, key):
             value_fn = make_value_fn(batch)
-            c = layer_curvature(params, 0, estimator=hutchinson(2), value_fn=value_fn)
+            c = layer_curvature(params, key, estimator=hutchinson(1), value_fn=value_fn)
             return jax.grad(value_fn)(params), c.mean
 
-        compiled = jax.jit(gradient_and_curvature).lower(params, batch).compile()
+        compiled = (
+            jax.jit(gradient_and_curvature)
+            .lower(params, batch, jax.random.key(0, impl="rbg"))
+            .compile()
+        )
         return compiled.memory_analysis().temp_size_in_bytes
 
     one = temporaries(lambda x: functools.partial(deep_loss, x=x), batch[:size])

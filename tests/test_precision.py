@@ -52,17 +52,14 @@ def half_loss(dtype):
 def test_estimate_of_half_precision_parameters(dtype):
     params, loss = in_dtype(dtype)
     single = optax.tree.cast(params, jnp.float32)
-    for estimator in (exact_trace(), hutchinson(4)):
-        estimate = jax.jit(
-            functools.partial(layer_curvature, key=0, estimator=estimator, value_fn=loss)
-        )
-        half = estimate(params)
-        assert half.mean.dtype == half.std_error.dtype == jnp.float32
-        if estimator == exact_trace():
-            # The Hessian is that of float32 at the same point; only H v is rounded to the leaf's
-            # dtype: half a unit in the last place of bfloat16, 2^-9, for each entry.
-            np.testing.assert_allclose(half.mean, estimate(single).mean, rtol=2**-8, atol=2e-4)
-        assert jnp.isfinite(half.mean).all()
+    estimate = jax.jit(
+        functools.partial(layer_curvature, key=0, estimator=exact_trace(), value_fn=loss)
+    )
+    half = estimate(params)
+    assert half.mean.dtype == half.std_error.dtype == jnp.float32
+    # The Hessian is that of float32 at the same point; only H v is rounded to the leaf's dtype:
+    # half a unit in the last place of bfloat16, 2^-9, for each entry.
+    np.testing.assert_allclose(half.mean, estimate(single).mean, rtol=2**-8, atol=2e-4)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -169,7 +166,8 @@ def test_alpha_is_the_same_for_every_loss_scale():
     params, loss = mlp()
 
     def run(scale, value_scale, sensitivity):
-        tx = lama_scale(sensitivity=sensitivity, estimator=hutchinson(3))
+        key = jax.random.key(0, impl="rbg")
+        tx = lama_scale(sensitivity=sensitivity, estimator=hutchinson(3), key=key)
 
         def step(state, _):
             grads = jax.grad(lambda p: scale * loss(p))(params)

@@ -34,6 +34,5 @@ if __name__ == "__main__":
         process_id=args.process,
         initialization_timeout=60,
         heartbeat_timeout_seconds=args.heartbeat,
-        shutdown_timeout_seconds=60,
     )
     resume.main(args)

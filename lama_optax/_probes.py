@@ -23,9 +23,11 @@ def rademacher(key: jax.Array, params: PyTree, layers: Layers) -> PyTree:
 
 
 def gaussian(key: jax.Array, params: PyTree, layers: Layers) -> PyTree:
-    """Entries from N(0, 1): ``Var[v^T H v] = 2 ||H||_F^2`` for symmetric H."""
-    del layers
-    return optax.tree.random_like(key, params, jax.random.normal)
+    """Entries from N(0, 1): ``Var[v^T H v] = 2 ||H||_F^2`` for symmetric H.
+
+    Drawn in `Layers.dtype`: jax's normal numbers in bfloat16 have a mean of -0.012.
+    """
+    return optax.tree.cast_like(_normal(key, params, layers), params)
 
 
 def sphere(key: jax.Array, params: PyTree, layers: Layers) -> PyTree:
@@ -34,12 +36,16 @@ def sphere(key: jax.Array, params: PyTree, layers: Layers) -> PyTree:
     Exact for a multiple of the identity. Blocks are normalised layer by layer, so that one
     layer's length carries no noise of the others.
     """
-    normal = optax.tree.random_like(key, optax.tree.cast(params, layers.dtype), jax.random.normal)
+    normal = _normal(key, params, layers)
     squared_norm = layers.sum(jax.tree.map(jnp.square, normal))
     # A layer without parameters has norm 0 and no entry to scale.
     scale = jnp.sqrt(layers.size_array() / jnp.where(squared_norm > 0, squared_norm, 1))
     probe = jax.tree.map(jnp.multiply, normal, layers.spread(scale, params))
     return optax.tree.cast_like(probe, params)
+
+
+def _normal(key: jax.Array, params: PyTree, layers: Layers) -> PyTree:
+    return optax.tree.random_like(key, optax.tree.cast(params, layers.dtype), jax.random.normal)
 
 
 PROBES: dict[str, Callable[[jax.Array, PyTree, Layers], PyTree]] = {

@@ -46,7 +46,8 @@ class _ExactTrace:
             hv = jax.jvp(jax.grad(objective), (params,), (basis_vector,))[1]
             return ravel_pytree(optax.tree.cast(hv, layers.dtype))[0][i]
 
-        diagonal = unravel(jax.lax.map(diagonal_entry, jnp.arange(flat.size)))
+        entries = jax.lax.map(diagonal_entry, jnp.arange(flat.size)) if flat.size else flat
+        diagonal = unravel(entries)
         mean = average_curvature(layers.sum(diagonal), layers.size_array())
         return LayerCurvature(
             mean=mean,

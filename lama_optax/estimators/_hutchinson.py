@@ -66,13 +66,15 @@ class _Hutchinson:
             if self.scope == "joint":
                 return quadratic_forms(probe)
 
-            def one_layer(mask: jax.Array) -> jax.Array:
+            def one_layer(layer: jax.Array) -> jax.Array:
+                is_layer = jnp.arange(len(layers.names)) == layer
                 masked = jax.tree.map(
-                    lambda v, m: v * m.astype(v.dtype), probe, layers.spread(mask, params)
+                    lambda v, m: jnp.where(m, v, 0), probe, layers.spread(is_layer, params)
                 )
-                return jnp.vdot(mask, quadratic_forms(masked))
+                # A product with 0 would let the other layers' infinities through.
+                return jnp.sum(jnp.where(is_layer, quadratic_forms(masked), 0))
 
-            return jax.lax.map(one_layer, jnp.eye(len(layers.names), dtype=layers.dtype))
+            return jax.lax.map(one_layer, jnp.arange(len(layers.names)))
 
         keys = jax.random.split(key, self.num_probes)
         samples = _map(sample, keys, self._chunk(layers))

@@ -163,6 +163,10 @@ def scalar_objective(
                 "value_fn must return a scalar; it returned a tuple. If that is (value, aux), use"
                 " has_aux=True, for instance estimator=hutchinson(has_aux=True)."
             )
+        if not jax.tree_util.all_leaves([value]):
+            raise ValueError(
+                f"value_fn must return a real floating-point scalar; got {type(value)}."
+            )
         if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
             raise ValueError(
                 "value_fn must return a real floating-point scalar; got shape"

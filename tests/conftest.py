@@ -29,3 +29,12 @@ def x64():
     """Double precision, for comparisons with NumPy references."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def fast_compilation():
+    """For tests that compile for seconds what runs for milliseconds: LLVM need not try hard."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -24,13 +24,7 @@ SCOPES = ("joint", "block")
 HVPS = ("exact", "finite_difference")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fast_compilation():
-    """These tests compile for seconds what runs for milliseconds; LLVM need not try hard."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 @pytest.fixture(params=["float32", "float64"])

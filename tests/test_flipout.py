@@ -10,18 +10,9 @@ from flax import linen as nn
 from lama_optax import exact_trace, flipout, lama_adam, layer_curvature, layer_names, stacked
 
 # Flax's layers promote implicitly.
-pytestmark = pytest.mark.standard_promotion
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation")]
 
 NUM_ESTIMATES = 2000
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fast_compilation():
-    """These tests compile for seconds what runs for milliseconds; LLVM need not try hard."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def _normal(seed, *shape):

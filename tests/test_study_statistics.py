@@ -103,7 +103,7 @@ def test_diverged_runs_are_counted_not_hidden():
         found.relative.estimate, arm[both].sum() / base[both].sum() - 1, rtol=1e-12
     )
     # Three pairs diverged together (no difference), three in the arm alone (worst of all).
-    difference = np.concatenate([[0, 0, 0, 1e9, 1e9, 1e9], (arm - base)[6:]])
+    difference = np.concatenate([[0, 0, 0, 1e9, 1e9, 1e9], arm[6:] - base[6:]])
     np.testing.assert_allclose(found.median, np.median(difference) / np.median(base))
     arm[:] = np.inf
     assert compare(arm, base).median == np.inf

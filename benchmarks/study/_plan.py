@@ -1,0 +1,132 @@
+"""What all phases share: a workload with its trainer, its file of results and the progress."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study._axes import MAX_ROUNDS
+from benchmarks.study._settings import PROTOCOL, Settings
+from benchmarks.study._store import Line, Store, unit_id, versions
+from benchmarks.study._train import Trainer
+from benchmarks.study._workload import Workload
+
+#: Seeds from these on select; the others, on data splits of their own, are reported.
+FIRST_TUNE_SEED = 100_000
+FIRST_FINAL_SEED = 0
+
+
+class Progress:
+    """A bar of training runs with the time left; what was done before does not count as fast."""
+
+    def __init__(self, total: int) -> None:
+        from tqdm import tqdm
+
+        self._began = time.perf_counter()
+        # disable=None: a bar for terminals, none in a file.
+        self._bar = tqdm(total=total, unit="run", disable=None, smoothing=0.05)
+
+    def advance(self, runs: int) -> None:
+        """``runs`` training runs are finished."""
+        self._bar.update(runs)
+
+    def skip(self, runs: int) -> None:
+        """``runs`` of the planned training runs need not be done."""
+        self._bar.total = max(self._bar.total - runs, self._bar.n)
+        self._bar.refresh()
+
+    def expect(self, runs: int) -> None:
+        """``runs`` more training runs than planned."""
+        self._bar.total += runs
+        self._bar.refresh()
+
+    def say(self, what: str) -> None:
+        """What is being done."""
+        self._bar.set_postfix_str(what)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """One workload at work."""
+
+    workload: Workload
+    trainer: Trainer
+    store: Store
+    progress: Progress
+    rounds: int
+    scale: float
+
+    def identity(self, kind: str, **settings: Any) -> str:
+        """The id of a unit of this workload."""
+        workload = self.workload
+        return unit_id(
+            kind=kind,
+            workload=workload.name,
+            steps=workload.steps,
+            batch_size=workload.batch_size,
+            protocol=PROTOCOL,
+            data=workload.data_hash,
+            **settings,
+        )
+
+    def header(
+        self, kind: str, identity: str, arm: str, hypers: dict, seeds: Sequence[int]
+    ) -> Line:
+        """The fields that every line begins with."""
+        workload = self.workload
+        settings: dict[str, Any] = {"protocol": PROTOCOL, "batch_size": workload.batch_size}
+        if workload.data_hash:
+            settings["data_sha256"] = workload.data_hash[:16]
+        return {
+            "kind": kind,
+            "id": identity,
+            "workload": workload.name,
+            "arm": arm,
+            "hypers": hypers,
+            "seeds": list(seeds),
+            "steps": workload.steps,
+            "settings": settings,
+            "versions": versions(),
+        }
+
+
+def open_bench(workload: Workload, results: Path, progress: Progress, settings: Settings) -> Bench:
+    """Opens a workload's results; those of other data are refused.
+
+    Raises:
+      ValueError: if the file holds results of other data.
+    """
+    store = Store(results, workload.name)
+    for line in store.lines:
+        found = line["settings"].get("data_sha256", "")
+        if found != workload.data_hash[:16]:
+            raise ValueError(
+                f"{store.path} holds results on other data (sha256 {found}, here"
+                f" {workload.data_hash[:16]}): give another directory with --results, or use the"
+                f" Python of those results, {line['versions']['python']}."
+            )
+    return Bench(
+        workload=workload,
+        trainer=Trainer(workload),
+        store=store,
+        progress=progress,
+        rounds=1 if settings.quick else MAX_ROUNDS,
+        scale=settings.scale,
+    )
+
+
+def tune_seeds(bench: Bench) -> list[int]:
+    """Seeds that select; disjoint from those reported."""
+    count = max(2, round(bench.workload.tune_seeds * bench.scale))
+    return [FIRST_TUNE_SEED + i for i in range(count)]
+
+
+def final_seeds(bench: Bench) -> list[int]:
+    """Fresh seeds, for what is reported."""
+    count = max(2, round(bench.workload.final_seeds * bench.scale))
+    return [FIRST_FINAL_SEED + i for i in range(count)]

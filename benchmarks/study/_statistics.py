@@ -96,7 +96,8 @@ def compare(arm: Array, base: Array) -> Comparison:
 def relative_difference(arm: Array, base: Array, axis: int = -1) -> Array:
     """Difference of the means over the size of the base's mean."""
     scale = base.mean(axis=axis)
-    result: Array = (arm.mean(axis=axis) - scale) / np.abs(scale)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a base without any loss
+        result: Array = (arm.mean(axis=axis) - scale) / np.abs(scale)
     return result
 
 
@@ -110,7 +111,7 @@ def paired_interval(statistic: Callable[..., Array], *samples: Array) -> Interva
     if not samples[0].size:
         return Interval(math.nan)
     estimate = float(statistic(*samples, axis=-1))
-    if samples[0].size < FEWEST:
+    if samples[0].size < FEWEST or not math.isfinite(estimate):
         return Interval(estimate)
     if len(samples) == 2 and np.array_equal(*samples):
         return Interval(estimate, estimate, estimate)  # the same runs: nothing varies
@@ -159,10 +160,13 @@ def aggregate(arms: Sequence[Array], bases: Sequence[Array]) -> Aggregate:
         for arm, base in zip(arms, bases, strict=True)
     ]
 
+    weights = _group_weights(pairs)
+
     def statistic(*resampled: Array) -> Array:
-        iqm, base = (interquartile_mean([r[:, i] for r in resampled]) for i in (0, 1))
-        better = [_share_below(r[:, 0], r[:, 1]) for r in resampled]
-        return np.array([iqm, iqm - base, float(np.mean(better))])
+        arm, base = np.concatenate(resampled).T
+        iqm, base_iqm = (_weighted_middle(values, weights) for values in (arm, base))
+        lower = np.sum(weights * ((arm < base) + (arm == base) / 2))
+        return np.array([iqm, iqm - base_iqm, lower])
 
     with np.errstate(invalid="ignore"):  # inf - inf: both diverge on more than a quarter
         iqm, difference, improvement = statistic(*pairs)
@@ -191,14 +195,19 @@ def interquartile_mean(groups: Sequence[Array]) -> float:
 
     With groups of one size it is the mean without the lowest and the highest quarter.
     """
-    values = np.concatenate(groups)
-    weights = np.concatenate([np.full(len(g), 1 / (len(g) * len(groups))) for g in groups])
+    return _weighted_middle(np.concatenate(groups), _group_weights(groups))
+
+
+def _group_weights(groups: Sequence[Array]) -> Array:
+    return np.concatenate([np.full(len(g), 1 / (len(g) * len(groups))) for g in groups])
+
+
+def _weighted_middle(values: Array, weights: Array) -> float:
     order = np.argsort(values)
-    ends = np.clip(np.cumsum(weights[order]), 0.25, 0.75)
+    ends = np.cumsum(weights[order]).clip(0.25, 0.75)
     inside = np.diff(ends, prepend=0.25)
-    inside[inside < 1e-12] = 0  # rounding of the sums, which an infinite loss would blow up
-    kept = inside > 0
-    return float(np.average(values[order][kept], weights=inside[kept]))
+    kept = inside > 1e-12  # rounding of the sums, which an infinite loss would blow up
+    return float(values[order][kept] @ inside[kept] / inside[kept].sum())
 
 
 def performance_profile(groups: Sequence[Array], thresholds: Array) -> Array:
@@ -228,7 +237,3 @@ def _t_test(values: Array, alternative: str) -> float:
         right = {"two-sided": mean != 0, "less": mean < 0, "greater": mean > 0}[alternative]
         return 0.0 if right else 1.0
     return float(stats.ttest_1samp(values, 0, alternative=alternative).pvalue)
-
-
-def _share_below(arm: Array, base: Array) -> float:
-    return float((arm < base).mean() + (arm == base).mean() / 2)

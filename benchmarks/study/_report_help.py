@@ -1,0 +1,206 @@
+"""Question 1: does LAMA help, tuned against tuned?"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+
+from benchmarks.study._report_data import BASE, Judged, Runs, Study
+from benchmarks.study._report_text import (
+    NOT_RUN,
+    Section,
+    count,
+    folded,
+    label,
+    listed,
+    number,
+    p_value,
+    percent,
+    picture,
+    share,
+    table,
+)
+from benchmarks.study._statistics import MARGIN, Aggregate, mean_interval
+
+#: The arms that the first question is about, the headline first.
+LAMA = ("lama", "lama_ema", "lama_paper")
+#: Baselines that everyone knows, and document 2's rule.
+BASELINES = (
+    "adam",
+    "sgd",
+    "amsgrad",
+    "radam",
+    "nadam",
+    "rmsprop",
+    "sophia",
+    "lam_weight",
+    "lam_layer",
+)
+WORDS = ("better", "equivalent", "undecided", "worse", "worse (diverges)")
+
+
+def help_section(study: Study) -> Section:
+    """Every arm against Adam with tuned learning rate and b1."""
+    arms = [arm for arm in (*LAMA, *BASELINES) if arm in study.arms()]
+    judged = {arm: study.judge(arm) for arm in arms}
+    answers = [answer(study, arm, judged[arm]) for arm in LAMA if judged.get(arm)]
+    section = Section(
+        "1. Does LAMA help, tuned against tuned?",
+        answers[0] if answers else f"LAMA against tuned {label(BASE)}: {NOT_RUN}.",
+    )
+    if not any(judged.values()):
+        return section
+    section.blocks = [
+        " ".join(answers[1:]),
+        _forms(study, {arm: found for arm, found in judged.items() if arm in LAMA}),
+        picture("does_it_help.png", f"Held-out loss of each arm relative to tuned {label(BASE)}"),
+        f"Over all workloads, each of which counts the same, relative to {label(BASE)}:",
+        _aggregates(study, arms, judged),
+        picture("aggregates.png", "Interquartile mean, probability of improvement, profiles"),
+        (
+            "The interquartile mean leaves out the best and the worst quarter of all runs;"
+            " P(lower) is the probability of a lower held-out loss on the same seed, a tie"
+            " counting half."
+        ),
+        *(folded(f"All arms on {w}", _all_arms(study, w, section)) for w in study.workloads),
+        (
+            "Limits: small models, few hundred steps, one fixed number of steps for each"
+            " workload; the verdicts hold for these. Means leave out pairs in which a run"
+            " diverged (the share is printed); medians, P(lower) and the interquartile mean count"
+            " such a run as the worst."
+        ),
+    ]
+    return section
+
+
+def answer(study: Study, arm: str, judged: Mapping[str, Judged], base: str = BASE) -> str:
+    """One sentence on one arm, from its numbers alone."""
+    found = study.aggregate(arm, base)
+    assert found is not None
+    return f"{verdict(label(arm), label(base), found)}: {tally(judged)}."
+
+
+def verdict(name: str, base: str, found: Aggregate) -> str:
+    """Whether the arm helps over all workloads, by the interval of the interquartile mean."""
+    interval = found.difference
+    size = f"interquartile mean {percent(interval)}, {count(found.workloads, 'workload')}"
+    inside = interval.low > -MARGIN and interval.high < MARGIN
+    if math.isnan(interval.low):
+        return f"Not settled: {name} has too few runs for an interval against {base} ({size})"
+    if inside:
+        return f"No: {name} is {base} within {100 * MARGIN:g} % ({size})"
+    if interval.below_zero:
+        return f"Yes: {name} has a lower held-out loss than {base} ({size})"
+    if interval.above_zero:
+        return f"No: {name} has a higher held-out loss than {base} ({size})"
+    return f"No: {name} cannot be told from {base} ({size})"
+
+
+def tally(judged: Mapping[str, Judged]) -> str:
+    """On how many workloads an arm is better, equivalent, undecided or worse, and on which."""
+    by_word: dict[str, list[str]] = {}
+    for workload, found in judged.items():
+        by_word.setdefault(found.word, []).append(workload)
+    if len(by_word) == 1:
+        return f"{next(iter(by_word))} on each of {count(len(judged), 'workload')}"
+    parts = [
+        f"{word} on {len(by_word[word])} ({listed(by_word[word])})"
+        for word in WORDS
+        if word in by_word
+    ]
+    return listed(parts)
+
+
+def _forms(study: Study, judged: Mapping[str, Mapping[str, Judged]]) -> str:
+    header = ["workload", f"{label(BASE)}, loss"]
+    for arm in judged:
+        header += [f"{label(arm)}: relative difference", "p (Holm)", "verdict"]
+    rows = []
+    for workload in study.workloads:
+        base = study.runs(workload, BASE)
+        if base is None:
+            continue
+        row = [workload, number(base.finite_mean, 4)]
+        for found in (judged[arm].get(workload) for arm in judged):
+            row += (
+                [percent(found.comparison.relative), p_value(found.p), found.word]
+                if found
+                else [NOT_RUN, "", ""]
+            )
+        rows.append(row)
+    return table(header, rows)
+
+
+def _aggregates(study: Study, arms: list[str], judged: Mapping[str, Mapping[str, Judged]]) -> str:
+    rows = []
+    for arm in arms:
+        found = study.aggregate(arm)
+        if found is None:
+            continue
+        words = Counter(j.word for j in judged[arm].values())
+        p = found.improvement
+        rows.append(
+            (
+                label(arm),
+                percent(found.difference),
+                f"{p.estimate:.2f} [{p.low:.2f}, {p.high:.2f}]",
+                *(str(words[word] or "") for word in WORDS),
+            )
+        )
+    return table(("arm", "interquartile mean, difference", "P(lower)", *WORDS), rows)
+
+
+def _all_arms(study: Study, workload: str, section: Section) -> str:
+    base = study.runs(workload, BASE)
+    rows = []
+    for arm in study.arms():
+        runs = study.runs(workload, arm)
+        if runs is None:
+            continue
+        section.cite(workload, runs)
+        judged = study.judge(arm).get(workload) if arm != BASE else None
+        rows.append(_arm_row(runs, base, judged))
+    header = (
+        "arm",
+        "held-out loss",
+        "relative difference",
+        "median",
+        "p (Holm)",
+        "p equivalent",
+        "diverged",
+        "verdict",
+        "metric",
+        "seeds",
+        "settings",
+    )
+    metric = base.line.get("metric_name") if base else None
+    note = f"\n\nMetric: {metric}." if metric else ""
+    return table(header, rows) + note
+
+
+def _arm_row(runs: Runs, base: Runs | None, judged: Judged | None) -> tuple[str, ...]:
+    loss = mean_interval(runs.test)
+    metric = runs.values("test_metric", math.nan) if "test_metric" in runs.line else None
+    return (
+        label(runs.arm),
+        f"{number(loss.estimate, 4)} [{number(loss.low, 4)}, {number(loss.high, 4)}]",
+        percent(judged.comparison.relative) if judged else "",
+        f"{100 * judged.comparison.median:+.2f} %" if judged else "",
+        p_value(judged.p) if judged else "",
+        p_value(judged.p_equivalent) if judged else "",
+        share(float(np.mean(~np.isfinite(runs.test)))),
+        judged.word if judged else "",
+        number(float(np.nanmean(metric)), 4) if metric is not None else "",
+        str(runs.seeds.size),
+        ", ".join(f"{name} {_setting(value)}" for name, value in runs.line["hypers"].items()),
+    )
+
+
+def _setting(value: float | list[float]) -> str:
+    """A hyper-parameter; of one for each layer, the lowest and the highest."""
+    if isinstance(value, list):
+        return (
+            _setting(value[0]) if len(set(value)) == 1 else f"{min(value):.3g} to {max(value):.3g}"
+        )
+    return f"{value:.3g}"

@@ -117,14 +117,20 @@ def panels(
     present = {row for series in by_title.values() for one in series for row in one.points}
     rows = [row for row in (ALL, *workloads) if row in present]
     lines = max(-(-len(series) // columns) for series in by_title.values())
-    height = 1.4 + 0.22 * lines + row_height * len(rows)
+    height = 1.6 + 0.22 * lines + row_height * max(len(rows), 2)
     figure, axes = plt.subplots(
         1, len(by_title), figsize=(max(5.3 * len(by_title), 7), height), sharey=True, squeeze=False
     )
     for ax, (name, series) in zip(axes[0], by_title.items(), strict=True):
         forest(ax, rows, series)
         ax.set_title(name)
-        below = -0.62 / (row_height * len(rows))  # the axis label's height, in axes
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=columns, fontsize=9)
+        # Below the axis label, whose height the padding is, in units of the font size.
+        ax.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0),
+            borderaxespad=5.5,
+            ncols=columns,
+            fontsize=9,
+        )
     figure.suptitle(f"{title} (arrow: beyond the axis)", fontsize=11)
     return figure

@@ -89,7 +89,7 @@ def verdict(name: str, base: str, found: Aggregate) -> str:
     if math.isnan(interval.low):
         return f"Not settled: {name} has too few runs for an interval against {base} ({size})"
     if inside:
-        return f"No: {name} is {base} within {100 * MARGIN:g} % ({size})"
+        return f"No: {name} equals {base} within {100 * MARGIN:g} % ({size})"
     if interval.below_zero:
         return f"Yes: {name} has a lower held-out loss than {base} ({size})"
     if interval.above_zero:

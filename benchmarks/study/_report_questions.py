@@ -23,16 +23,16 @@ from benchmarks.study._report_text import (
 QUESTIONS: dict[str, tuple[str, str]] = {
     "num_probes": ("number of probes K", "1"),
     "probe": ("probe distribution", "rademacher"),
-    "scope": ("joint, block or flipout probes", "joint"),
-    "hvp": ("exact or finite-difference products", "exact"),
+    "scope": ("joint, block, flipout", "joint"),
+    "hvp": ("exact products, or finite differences of step", "exact"),
     "update_interval": ("update interval", "1"),
-    "curvature_decay": ("decay of the curvature's average", "0.9"),
+    "curvature_decay": ("decay of the curvature's average", "0"),
     "sensitivity": ("lambda, at a fixed learning rate", "0"),
     "sensitivity_retuned": ("lambda, learning rate tuned again", "0"),
-    "alpha_range": ("range of alpha", "0.5-1.5"),
+    "alpha_range": ("range of alpha", "0.5 to 1.5"),
     "layers": ("what a layer is", "module"),
     "schedule": ("schedules of lambda and alpha", "constant"),
-    "learned": ("learned per layer", "fixed"),
+    "learned": ("lambda learned for each layer", "one lambda"),
 }
 
 #: When the layers' traces were read.
@@ -107,7 +107,8 @@ def questions_section(study: Study) -> Section:
         *(folded(_name(q), _values(q, asked[q], judged[q], section)) for q in asked),
         (
             "Limits: LAMA's other settings are the tuned ones of its arm, so these are changes"
-            " around that optimum; p-values are Holm's over all comparisons of a choice."
+            " around that optimum, without averaging over steps unless that is the choice;"
+            " p-values are Holm's over all comparisons of a choice."
         ),
     ]
     return section

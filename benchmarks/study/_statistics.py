@@ -113,10 +113,11 @@ def paired_interval(statistic: Callable[..., Array], *samples: Array) -> Interva
     estimate = float(statistic(*samples, axis=-1))
     if samples[0].size < FEWEST or not math.isfinite(estimate):
         return Interval(estimate)
-    if len(samples) == 2 and np.array_equal(*samples):
-        return Interval(estimate, estimate, estimate)  # the same runs: nothing varies
-    with warnings.catch_warnings():
-        # Constant data, whose bootstrap has no spread: the interval is NaN, and printed so.
+    same = len(samples) == 2 and np.array_equal(*samples)
+    if same or all(np.ptp(sample) == 0 for sample in samples):
+        return Interval(estimate, estimate, estimate)  # nothing varies
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        # A bootstrap without spread: the interval is NaN, and printed as none.
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         found = stats.bootstrap(
             samples,

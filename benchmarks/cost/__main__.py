@@ -1,0 +1,72 @@
+"""Measures, prints the tables, writes the pictures: the door of `python -m benchmarks.cost`."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.workbench._jobs import Models, Settings, common_settings, finish, parser
+
+
+@dataclasses.dataclass(frozen=True)
+class CostSettings:
+    """The common settings, and where the results of `benchmarks.traces` are."""
+
+    common: Settings
+    traces: Path
+
+
+def parse(argv: Sequence[str] | None = None) -> CostSettings:
+    """Reads the command line; a wrong option ends the program with a message that names it."""
+    command_line = parser(
+        "benchmarks.cost",
+        "Times training steps with curvature against Adam's, their memory, how both grow, and"
+        " how far they are from the least that is possible.",
+        "results/cost",
+    )
+    command_line.add_argument(
+        "--traces",
+        type=Path,
+        default=Path("results/traces"),
+        help="results of benchmarks.traces, for the lines that need them (default results/traces)",
+    )
+    options: argparse.Namespace = command_line.parse_args(argv)
+    return CostSettings(common_settings(command_line, options), options.traces)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what is not measured yet and reports on all; returns the exit status."""
+    settings = parse(argv)
+    return finish(lambda: _run(settings))
+
+
+def _run(settings: CostSettings) -> None:
+    from benchmarks.cost import _adahessian, _floor, _growth, _memory, _moons, _steps
+    from benchmarks.cost._figures import draw_all
+    from benchmarks.cost._report import report
+    from benchmarks.workbench._environment import context
+    from benchmarks.workbench._jobs import run_jobs
+    from benchmarks.workbench._store import Store, save_json
+
+    common = settings.common
+    models = Models(common)
+    store = Store(common.results / "measurements.jsonl", context())
+    jobs = [
+        *_steps.jobs(common, models),
+        *_floor.jobs(common, models),
+        *_adahessian.jobs(common, models),
+        *_memory.jobs(common, models),
+        *_growth.jobs(common),
+        *_moons.jobs(common),
+    ]
+    outcomes = run_jobs(store, jobs, "benchmarks.cost")
+    summary, text = report(outcomes, models, settings.traces)
+    save_json(common.results / "results.json", {"context": store.context, **summary})
+    (common.results / "results.txt").write_text(text + "\n")
+    draw_all(common.results, summary)
+    print(f"\n{text}\n\nTables and pictures are in {common.results}/.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Estimates of every layer's trace in JAX: ours, and matfree's and traceax's own calls.
+
+Each is a function of a seed that returns the traces, in the order of `layer_names`.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from benchmarks.workbench._environment import NOT_INSTALLED
+from benchmarks.workbench._models import Batch, Model, Params
+from benchmarks.workbench._steps import compiled_estimate
+from lama_optax import Estimator, flipout, hutchinson, layer_names
+
+#: Estimates the traces of all layers; a new seed gives a new, independent estimate.
+Estimate = Callable[[int], np.ndarray]
+#: Builds an estimate for a model, or raises what keeps it from working.
+Maker = Callable[[Model], Estimate]
+
+#: A program with an operator for each layer compiles for minutes beyond this.
+MAX_OPERATORS = 8
+
+OURS: dict[str, Estimator] = {
+    "hutchinson joint": hutchinson(1),
+    "hutchinson joint, Gaussian": hutchinson(1, probe="gaussian"),
+    "hutchinson joint, K=10": hutchinson(10),
+    "hutchinson block": hutchinson(1, scope="block"),
+    "hutchinson block, Gaussian": hutchinson(1, scope="block", probe="gaussian"),
+    "flipout joint": flipout(1, scope="joint"),
+    "flipout block": flipout(1, scope="block"),
+}
+
+
+def ours(estimator: Estimator) -> Maker:
+    """One of this library's estimators."""
+
+    def make(model: Model) -> Estimate:
+        compiled = compiled_estimate(model, estimator)
+        return lambda seed: np.asarray(compiled(model.params, model.batch, np.uint32(seed)))
+
+    return make
+
+
+def makers() -> dict[str, Maker]:
+    """Every contender that runs in JAX."""
+    return {label: ours(estimator) for label, estimator in OURS.items()} | {
+        "matfree": _matfree(1),
+        "matfree, K=10": _matfree(10),
+        "traceax, v * Hv by layer": _traceax_joint,
+        "traceax, a layer at a time": _traceax_blocks("hutchinson"),
+        "traceax XTrace, 16 products": _traceax_blocks("xtrace"),
+    }
+
+
+def sums_by_layer(model: Model, tree: Params) -> jax.Array:
+    """Sums a tree like the parameters by layer, in the order of `layer_names`."""
+    names = layer_names(model.params)
+    sums = dict.fromkeys(names, jnp.zeros(()))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        sums[layer_of(path)] += jnp.sum(leaf)
+    return jnp.stack([sums[name] for name in names])
+
+
+def layer_of(path: Any) -> str:
+    """The layer's name of a leaf's path in Flax's parameters."""
+    return "/".join(entry.key for entry in path[1:-1])
+
+
+def _compile(model: Model, function: Callable[[Params, Batch, jax.Array], jax.Array]) -> Estimate:
+    def of_seed(params: Params, batch: Batch, seed: jax.Array) -> jax.Array:
+        return function(params, batch, jax.random.key(seed))
+
+    compiled = jax.jit(of_seed).lower(model.params, model.batch, jnp.uint32(0)).compile()
+    return lambda seed: np.asarray(compiled(model.params, model.batch, np.uint32(seed)))
+
+
+def _require(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(NOT_INSTALLED)
+
+
+def _matfree(num_probes: int) -> Maker:
+    """Its Monte-Carlo estimator with signs; the integrand sums v * Hv by layer."""
+
+    def make(model: Model) -> Estimate:
+        _require("matfree")
+        from matfree import stochtrace
+
+        diagonal = stochtrace.monte_carlo_diagonal()
+
+        def integrand(matvec: Any, v: Params) -> jax.Array:
+            return sums_by_layer(model, diagonal(matvec, v))
+
+        def estimate(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+            gradient = jax.grad(lambda p: model.task.loss_fn(p, batch))
+            sampler = stochtrace.sampler_signs(params, num=num_probes)
+            return stochtrace.estimator_monte_carlo(integrand, sampler)(
+                lambda v: jax.jvp(gradient, (params,), (v,))[1], key
+            )
+
+        return _compile(model, estimate)
+
+    return make
+
+
+def _signs(traceax: Any) -> Any:
+    """Its default sampler draws integers, which an operator on floats refuses."""
+    return traceax.RademacherSampler(float)
+
+
+def _traceax_joint(model: Model) -> Estimate:
+    """Its sampler and an operator of the whole Hessian; it returns no parts of a trace itself."""
+    _require("traceax")
+    import lineax
+    import traceax
+
+    def estimate(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+        flat, unravel = ravel_pytree(params)
+        gradient = jax.grad(lambda x: model.task.loss_fn(unravel(x), batch))
+        operator = lineax.FunctionLinearOperator(
+            lambda v: jax.jvp(gradient, (flat,), (v,))[1], jax.eval_shape(lambda: flat)
+        )
+        v = _signs(traceax)(key, flat.size, 1)[:, 0]
+        return sums_by_layer(model, unravel(v * operator.mv(v)))
+
+    return _compile(model, estimate)
+
+
+def _traceax_blocks(method: str) -> Maker:
+    """Its estimators, as they are called, on one operator for each layer's Hessian block."""
+
+    def make(model: Model) -> Estimate:
+        _require("traceax")
+        import lineax
+        import traceax
+
+        names = layer_names(model.params)
+        if len(names) > MAX_OPERATORS:
+            raise NotImplementedError(f"left out: compiles for minutes with {len(names)} operators")
+        estimator, products = {
+            "hutchinson": (traceax.HutchinsonEstimator(_signs(traceax)), 1),
+            "xtrace": (traceax.XTraceEstimator(), 16),
+        }[method]
+
+        def estimate(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+            traces = []
+            for number, name in enumerate(names):
+                flat, merge = _block(params, name)
+                gradient = jax.grad(lambda x, merge=merge: model.task.loss_fn(merge(x), batch))
+                operator = lineax.FunctionLinearOperator(
+                    lambda v, at=flat, gradient=gradient: jax.jvp(gradient, (at,), (v,))[1],
+                    jax.eval_shape(lambda at=flat: at),
+                )
+                # XTrace's products must be fewer than the layer's parameters.
+                count = min(products, 2 * (flat.size // 4))
+                trace, _ = estimator(jax.random.fold_in(key, number), operator, max(1, count))
+                traces.append(trace)
+            return jnp.stack(traces)
+
+        return _compile(model, estimate)
+
+    return make
+
+
+def _block(params: Params, name: str) -> tuple[jax.Array, Callable[[jax.Array], Params]]:
+    """A layer's parameters as one vector, and all parameters with that vector put in."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    inside = [i for i, (path, _) in enumerate(leaves) if layer_of(path) == name]
+    flat, unravel = ravel_pytree([leaves[i][1] for i in inside])
+
+    def merge(vector: jax.Array) -> Params:
+        values = [leaf for _, leaf in leaves]
+        for i, value in zip(inside, unravel(vector), strict=True):
+            values[i] = value
+        return jax.tree.unflatten(structure, values)
+
+    return flat, merge

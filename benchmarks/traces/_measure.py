@@ -1,0 +1,189 @@
+"""Times and variances together: all contenders estimate in turn, each estimate is timed.
+
+The results are running sums, so that blocks of rounds add up whatever was interrupted.
+"""
+
+import dataclasses
+import functools
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.traces import _jax, _torch
+from benchmarks.traces._jax import Estimate
+from benchmarks.workbench._jobs import Job, Models, Settings
+from benchmarks.workbench._models import Model
+from benchmarks.workbench._steps import ADAM, GIVEN, Step, first_order
+from benchmarks.workbench._training import describe
+
+GRADIENT, TORCH_GRADIENT = "gradient", "gradient, PyTorch"
+#: What a quick look is content with.
+QUICK = (
+    "hutchinson joint",
+    "hutchinson joint, K=10",
+    "hutchinson block",
+    "flipout joint",
+    "flipout block",
+    "matfree",
+    "traceax, v * Hv by layer",
+)
+#: Steps that what an estimate costs is compared with.
+STEPS = (ADAM, GIVEN)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """Blocks of rounds; in each round a contender estimates once, a slow one less often."""
+
+    blocks: int = 20
+    rounds: int = 10
+    window: float = 0.01  # seconds that a fast contender goes on in one visit
+    limit: float = 2.0  # seconds a block, beyond which a contender is visited less often
+    fewest: int = 8  # estimates of the slowest contender, over all blocks
+
+
+def rounds(quick: bool) -> Rounds:
+    """How much is measured."""
+    return Rounds(blocks=2, rounds=3, window=0, limit=1, fewest=2) if quick else Rounds()
+
+
+def jobs(settings: Settings, models: Models) -> Iterator[Job]:
+    """Units of the section ``"traces"``."""
+    how = rounds(settings.quick)
+    for name, task in models.tasks.items():
+        contenders = _Contenders(models, name, how, settings)
+        for block in range(how.blocks):
+            unit = {
+                "section": "traces",
+                "model": name,
+                "task": describe(task),
+                "block": block,
+                "seed": settings.seed,
+                **dataclasses.asdict(how),
+            }
+            yield Job(unit, functools.partial(contenders.measure, block))
+
+
+class _Contenders:
+    """All contenders on one model, built when the first block is measured."""
+
+    def __init__(self, models: Models, name: str, how: Rounds, settings: Settings):
+        self._models, self._name, self._how, self._settings = models, name, how, settings
+
+    @functools.cached_property
+    def _built(self) -> dict[str, Any]:
+        """Estimates by label, or the words of what kept a contender from working."""
+        model = self._models[self._name]
+        makers = _jax.makers() | _torch.makers()
+        if self._settings.quick:
+            makers = {label: make for label, make in makers.items() if label in QUICK}
+        built: dict[str, Any] = {}
+        for label, make in makers.items():
+            # A peer that fails is a result, whatever it raises.
+            try:
+                built[label] = _checked(make(model))
+            except Exception as error:
+                built[label] = f"{type(error).__name__}: {error}".splitlines()[0]
+        built[GRADIENT] = _as_estimate(_gradient(model))
+        for label in STEPS:
+            built[label] = _as_estimate(Step(model, first_order()[label]).endless())
+        if not self._settings.quick:
+            try:
+                built[TORCH_GRADIENT] = _as_estimate(_torch.gradient(model))
+            except ModuleNotFoundError as error:
+                built[TORCH_GRADIENT] = str(error)
+        return built
+
+    @functools.cached_property
+    def _shares(self) -> dict[str, float]:
+        """Visits in a round: 1, or less for the slow."""
+        how, shares = self._how, {}
+        for label, estimate in self._built.items():
+            if not isinstance(estimate, str):
+                began = time.perf_counter()
+                estimate(0)
+                affordable = how.limit / ((time.perf_counter() - began) * how.rounds)
+                least = how.fewest / (how.blocks * how.rounds)
+                shares[label] = min(1.0, max(affordable, least))
+        return shares
+
+    def measure(self, block: int) -> dict[str, Any]:
+        """Each contender's times and the sums of its estimates, over one block of rounds."""
+        how = self._how
+        rng = np.random.default_rng([self._settings.seed, block])
+        sums = {label: Sums(self._seeds(label, block)) for label in self._shares}
+        labels = list(sums)
+        for number in range(block * how.rounds, (block + 1) * how.rounds):
+            for i in rng.permutation(len(labels)):
+                label = labels[i]
+                share = self._shares[label]
+                if int((number + 1) * share + 1e-9) > int(number * share + 1e-9):
+                    sums[label].visit(self._built[label], how.window)
+        failed = {k: {"error": v} for k, v in self._built.items() if isinstance(v, str)}
+        return {label: found.result() for label, found in sums.items()} | failed
+
+    def _seeds(self, label: str, block: int) -> Iterator[int]:
+        """Seeds that no other contender, block or run seed shares."""
+        stream = [self._settings.seed, block, zlib.crc32(label.encode())]
+        rng = np.random.default_rng(stream)
+        while True:
+            yield int(rng.integers(2**32))
+
+
+class Sums:
+    """Running mean and sum of squared deviations of estimates, and their times."""
+
+    def __init__(self, seeds: Iterator[int]):
+        self._seeds = seeds
+        self._count = 0
+        self._mean: Any = 0.0
+        self._squares: Any = 0.0
+        self._seconds: list[float] = []
+
+    def visit(self, estimate: Estimate, window: float) -> None:
+        """Estimates for ``window`` seconds, at least once."""
+        calls, began = 0, time.perf_counter()
+        values = []
+        while calls == 0 or time.perf_counter() - began < window:
+            values.append(estimate(next(self._seeds)))
+            calls += 1
+        self._seconds.append((time.perf_counter() - began) / calls)
+        for value in values:
+            self._count += 1
+            step = np.asarray(value, np.float64) - self._mean
+            self._mean = self._mean + step / self._count
+            self._squares = self._squares + step * (value - self._mean)
+
+    def result(self) -> dict[str, Any]:
+        """What is kept of a block."""
+        return {
+            "seconds": self._seconds,
+            "count": self._count,
+            "mean": self._mean,
+            "squares": self._squares,
+        }
+
+
+def _checked(estimate: Estimate) -> Estimate:
+    """Calls once, so that what does not work fails here, and what compiles has compiled."""
+    if not np.isfinite(estimate(0)).all():
+        raise FloatingPointError("the estimate is not finite")
+    return estimate
+
+
+def _as_estimate(work: Callable[[], object]) -> Estimate:
+    def estimate(seed: int) -> np.ndarray:
+        del seed
+        work()
+        return np.zeros(())
+
+    return _checked(estimate)
+
+
+def _gradient(model: Model) -> Callable[[], object]:
+    compiled = jax.jit(jax.grad(model.task.loss_fn)).lower(model.params, model.batch).compile()
+    return lambda: jax.block_until_ready(compiled(model.params, model.batch))

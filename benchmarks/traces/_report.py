@@ -1,0 +1,161 @@
+"""The tables that a person reads: printed, and kept in results.txt."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.moons._report import table
+from benchmarks.traces._measure import GRADIENT, TORCH_GRADIENT
+from benchmarks.traces._summary import (
+    DEFAULT_FLIPOUT,
+    TELEMETRY_INTERVAL,
+    TEN_PROBES,
+    best_peer,
+    is_peer,
+)
+from benchmarks.workbench._steps import ADAM
+from benchmarks.workbench._training import text_warning
+
+#: More layers than this are shown as their median and extremes.
+MAX_COLUMNS = 4
+
+NOTES = f"""\
+In all tables of contenders
+n: independent estimates. gradients: time over that of a gradient in the same framework, median
+over blocks of rounds in which all took turns. sd: standard deviation of one estimate over the
+layer's trace. work: time x variance, over that of "{DEFAULT_FLIPOUT}", median over the layers;
+above 1 is more work to the same standard error. z: largest distance, over the layers, of the mean
+from the best known trace, in standard errors; a biased estimator's grows with n."""
+
+
+def report(summary: dict[str, Any]) -> str:
+    """All tables, in the order in which their questions arise."""
+    sections = []
+    for model in summary["models"].values():
+        sections.append(_contenders(model))
+        if len(model["layers"]) > MAX_COLUMNS:
+            sections.append(_layers(model))
+        sections += [_peers(model), _telemetry(model)]
+        if "along" in model:
+            sections.append(_along(model))
+    sections.append(NOTES)
+    sections.append(lines(summary["lines"], "What had to hold"))
+    if "transformer" in summary["models"] and text_warning():
+        sections.append(str(text_warning()))
+    return "\n\n".join(sections)
+
+
+def _contenders(model: dict[str, Any]) -> str:
+    merged, names = model["contenders"], model["layers"]
+    many = len(names) > MAX_COLUMNS
+    columns = ["sd least", "median", "most"] if many else [f"sd {name}" for name in names]
+    header = ["", "n", "ms", "gradients", *columns, "work", "z"]
+    rows: list[Sequence[str]] = []
+    for label, found in merged.items():
+        if "error" in found:
+            rows.append([f"{label}: {found['error']}", *[""] * (len(header) - 1)])
+            continue
+        timing = [str(found["count"]), f"{1e3 * found['median_seconds']:.3g}", ""]
+        if found["gradients"] is not None and label not in (GRADIENT, TORCH_GRADIENT):
+            timing[-1] = f"{found['gradients'].median:.2f}"
+        if "sd" not in found:
+            rows.append([label, *timing, *[""] * (len(columns) + 2)])
+            continue
+        sd = found["sd"]
+        shown = [sd.min(), np.median(sd), sd.max()] if many else sd
+        work = np.median(found["work"] / merged[DEFAULT_FLIPOUT]["work"])
+        row = [label, *timing, *(f"{x:.3f}" for x in shown), f"{work:.3g}"]
+        rows.append([*row, f"{found['largest_z']:.1f}"])
+    # Errors are sentences: they stand below, not in the columns.
+    errors = [row[0] for row in rows if not any(row[1:])]
+    body = table(header, [row for row in rows if any(row[1:])])
+    return "\n".join([model["title"], body, *errors])
+
+
+def _layers(model: dict[str, Any]) -> str:
+    merged = model["contenders"]
+    labels = ["hutchinson joint", TEN_PROBES, "hutchinson block", "flipout joint", "flipout block"]
+    shown = [label for label in labels if label in merged]
+    rows = [
+        [
+            name,
+            f"{model['trace'][i]:.3g}",
+            *(f"{merged[label]['sd'][i]:.3f}" for label in shown),
+        ]
+        for i, name in enumerate(model["layers"])
+    ]
+    return f"The same by layer: trace, and sd relative to it\n{table(['', 'trace', *shown], rows)}"
+
+
+def _peers(model: dict[str, Any]) -> str:
+    rows = []
+    for label, found in model["contenders"].items():
+        if not found.get("vs_peers") or is_peer(label):
+            continue
+        best = best_peer(found)
+        assert best is not None
+        units = found["vs_peers"][best[0]]
+        rows.append([label, best[0], f"{units['seconds']:.1f}", f"{units['gradients']:.1f}"])
+    if not rows:
+        return "No peer is installed: pip install '.[peers]'"
+    header = ["", "best peer", "in seconds", "in gradients"]
+    return (
+        "How many times more work the best peer needs for the same standard error\n"
+        + table(header, rows)
+        + "\nMedian over the layers. In gradients: each time over its own framework's gradient."
+        " The best peer\nis the one with the smaller of its two ratios."
+    )
+
+
+def _telemetry(model: dict[str, Any]) -> str:
+    rows = [
+        [label, str(found["probes"]), found["worst_layer"], f"{found['over_adam']:.3f}"]
+        for label, found in model["telemetry"].items()
+    ]
+    return (
+        "Curvature telemetry: 10 % standard error in every layer,"
+        f" every {TELEMETRY_INTERVAL} steps\n"
+        + table(["estimator, decay of the average", "probes", "set by", "step over Adam's"], rows)
+        + "\nSteps over Adam's: (LAMA's step without an estimate + probes x the estimate's time /"
+        f" {TELEMETRY_INTERVAL})\n/ optax.adam's step, from times of the same rounds. A decay d"
+        " averages (1 + d)/(1 - d) estimates,\nwhich lag behind the training by as many intervals."
+    )
+
+
+def _along(model: dict[str, Any]) -> str:
+    along = model["along"]
+    rows = [
+        [label, f"{row['median']:.3f}", f"{row['worst']:.3f}", f"{row['over_adam']:.2f}"]
+        for label, row in along["rows"].items()
+    ]
+    batch = along["batch"]
+    rows.append(
+        ["the step's batch, exactly", f"{batch['median']:.3f}", f"{batch['worst']:.3f}", ""]
+    )
+    header = ["", "median layer", "worst layer", "step over Adam's"]
+    return (
+        f"Error of state.curvature along {along['steps']} steps of Adam,"
+        " relative to the trace of the training data\n"
+        + table(header, rows)
+        + "\nRoot mean square over the training (and ten replicates where K = 1). The truth itself"
+        f" is known to\n{100 * along['truth_error']:.1f} % (median)."
+    )
+
+
+def lines(found: Sequence[dict[str, Any]], title: str) -> str:
+    """The lines of the table of what had to hold, each with its figure."""
+    rows = [
+        [
+            f"{line['measure']}, {line['model']}",
+            f"{line['target']:g}",
+            f"{line['figure']:.3g}",
+            "holds" if line["holds"] else "DOES NOT HOLD",
+            line["how"],
+        ]
+        for line in found
+    ]
+    if not rows:
+        return f"{title}: nothing was measured."
+    body = table(["", "target", "measured", "", "how"], rows)
+    return f"{title}\n{body}\nsteps are over {ADAM}'s; work is times less than the best peer's."

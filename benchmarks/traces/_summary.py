@@ -1,0 +1,242 @@
+"""What the measurements say: variances, work, and the lines that were to hold."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.traces._along import DECAYS, INTERVALS, NUM_PROBES, held
+from benchmarks.traces._jax import OURS
+from benchmarks.traces._measure import GRADIENT, STEPS, TORCH_GRADIENT
+from benchmarks.workbench._jobs import Models, Outcome
+from benchmarks.workbench._steps import ADAM, FLIPOUT, GIVEN
+from benchmarks.workbench._timing import Spread
+from lama_optax import layer_names
+
+#: The scope that `flipout()` has.
+DEFAULT_FLIPOUT = FLIPOUT
+TEN_PROBES = "hutchinson joint, K=10"
+#: A layer's standard error that telemetry is to reach, relative to its trace.
+TELEMETRY_ERROR, TELEMETRY_INTERVAL = 0.1, 100
+#: Times less work than the best peer, that were to be reached.
+WORK_TARGETS = {"mlp": 20.0, "cnn": 50.0, "transformer": 20.0}
+TELEMETRY_TARGET = 1.02
+
+
+def summarize(outcomes: Sequence[Outcome], models: Models) -> dict[str, Any]:
+    """Everything that the tables and pictures show."""
+    by_model: dict[str, Any] = {}
+    for name, task in models.tasks.items():
+        blocks = [r for u, r in outcomes if u["section"] == "traces" and u["model"] == name]
+        chunks = [r for u, r in outcomes if u["section"] == "along" and u["model"] == name]
+        layers = layer_names(models[name].params)
+        found = _contenders(blocks, len(layers))
+        by_model[name] = {"title": task.title, "layers": layers, **found}
+        by_model[name]["telemetry"] = _telemetry(by_model[name])
+        if chunks:
+            by_model[name]["along"] = _along(chunks, by_model[name])
+    return {"models": by_model, "lines": _lines(by_model)}
+
+
+def is_peer(label: str) -> bool:
+    """Whether the contender is of another library."""
+    return label not in OURS and label not in (GRADIENT, TORCH_GRADIENT, *STEPS)
+
+
+def in_torch(label: str) -> bool:
+    """Whether the contender's time is to be compared with PyTorch's gradient."""
+    return label.startswith(("curvlinops", "PyHessian"))
+
+
+def _contenders(blocks: Sequence[dict[str, Any]], num_layers: int) -> dict[str, Any]:
+    merged = {label: _merge([block[label] for block in blocks]) for label in blocks[0]}
+    estimates = {
+        label: found
+        for label, found in merged.items()
+        if "error" not in found and np.ndim(found["mean"])
+    }
+    # Of each layer, the mean that is known best.
+    errors = np.stack([_std_error(found) for found in estimates.values()])
+    means = np.stack([found["mean"] for found in estimates.values()])
+    best = np.nanargmin(errors, axis=0)
+    trace, error = means[best, range(num_layers)], errors[best, range(num_layers)]
+    for label, found in merged.items():
+        if "error" in found:
+            continue
+        reference = merged[TORCH_GRADIENT if in_torch(label) else GRADIENT]
+        found["gradients"] = _block_ratios(found, reference)
+        if label not in estimates:
+            continue
+        found["sd"] = np.sqrt(found["squares"] / (found["count"] - 1)) / abs(trace)
+        own = np.asarray([label == list(estimates)[i] for i in best])
+        apart = abs(found["mean"] - trace) / np.hypot(_std_error(found), error)
+        found["largest_z"] = float(np.max(np.where(own, 0, apart)))
+        found["work"] = found["median_seconds"] * found["sd"] ** 2
+    for label in estimates:
+        found = merged[label]
+        found["vs_peers"] = {} if is_peer(label) else _against_peers(found, merged)
+    return {"trace": trace, "trace_error": error, "contenders": merged}
+
+
+def _merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Adds up the running sums of several blocks (Chan et al.)."""
+    if any("error" in part for part in parts):
+        return {"error": next(part["error"] for part in parts if "error" in part)}
+    count, mean, squares = 0, np.zeros(()), np.zeros(())
+    for part in parts:
+        if part["count"] == 0:
+            continue
+        step = np.asarray(part["mean"], np.float64) - mean
+        total = count + part["count"]
+        squares = squares + part["squares"] + step**2 * (count * part["count"] / total)
+        mean = mean + step * (part["count"] / total)
+        count = total
+    medians = [float(np.median(p["seconds"])) if p["seconds"] else math.nan for p in parts]
+    seconds = [s for part in parts for s in part["seconds"]]
+    return {
+        "count": count,
+        "mean": mean,
+        "squares": squares,
+        "median_seconds": float(np.median(seconds)),
+        "seconds": Spread.of(seconds),
+        "block_seconds": medians,
+    }
+
+
+def _std_error(found: dict[str, Any]) -> np.ndarray:
+    count = found["count"]
+    if count < 2:
+        return np.full_like(np.asarray(found["mean"], np.float64), np.inf)
+    return np.sqrt(found["squares"] / (count - 1) / count)
+
+
+def _block_ratios(found: dict[str, Any], reference: dict[str, Any]) -> Spread | None:
+    """Time over the reference's, the median over blocks in which they took turns."""
+    if "error" in reference:
+        return None
+    ratios = np.divide(found["block_seconds"], reference["block_seconds"])
+    return Spread.of(ratios[np.isfinite(ratios)].tolist())
+
+
+def _against_peers(found: dict[str, Any], merged: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """How many times more work each peer needs, the median over layers, in two units of time."""
+    result = {}
+    for label, peer in merged.items():
+        if "error" in peer or not is_peer(label):
+            continue
+        variances = np.median(peer["sd"] ** 2 / found["sd"] ** 2)
+        seconds = peer["median_seconds"] / found["median_seconds"]
+        gradients = peer["gradients"].median / found["gradients"].median
+        result[label] = {"seconds": variances * seconds, "gradients": variances * gradients}
+    return result
+
+
+def best_peer(found: dict[str, Any]) -> tuple[str, float] | None:
+    """The peer that needs least work, in the unit of time that suits it best."""
+    ratios = {label: min(units.values()) for label, units in found["vs_peers"].items()}
+    return min(ratios.items(), key=lambda item: item[1]) if ratios else None
+
+
+def _telemetry(model: dict[str, Any]) -> dict[str, Any]:
+    """Probes for the wanted error in every layer, and what they cost at the long interval."""
+    merged = model["contenders"]
+    adam, given = merged[ADAM]["median_seconds"], merged[GIVEN]["median_seconds"]
+    result = {}
+    for label in ("hutchinson joint", "flipout joint", "flipout block"):
+        found = merged[label]
+        worst = int(np.argmax(found["sd"]))
+        for decay in DECAYS:
+            # An average with this decay has the variance of so many estimates.
+            averaged = (1 + decay) / (1 - decay)
+            probes = math.ceil((found["sd"][worst] / TELEMETRY_ERROR) ** 2 / averaged)
+            cost = probes * found["median_seconds"] / TELEMETRY_INTERVAL
+            result[f"{label}, decay {decay:g}"] = {
+                "probes": probes,
+                "worst_layer": model["layers"][worst],
+                "over_adam": (given + cost) / adam,
+            }
+    return result
+
+
+def _along(chunks: Sequence[dict[str, Any]], model: dict[str, Any]) -> dict[str, Any]:
+    """Errors of the state's curvature for each K, interval and decay, beside their cost."""
+    samples = np.concatenate([np.asarray(chunk["samples"]) for chunk in chunks])
+    flipped = np.concatenate([np.asarray(chunk["flipout"]) for chunk in chunks])[:, None]
+    truth = {int(k): v for chunk in chunks for k, v in chunk["truth"].items()}
+    of_batch = {int(k): v for chunk in chunks for k, v in chunk["batch_truth"].items()}
+    steps = sorted(truth)
+    exact = np.asarray([truth[step]["mean"] for step in steps])
+    scale = np.sqrt(np.mean(exact**2, axis=0))
+    merged = model["contenders"]
+    adam, given = merged[ADAM]["median_seconds"], merged[GIVEN]["median_seconds"]
+
+    def errors(values: np.ndarray) -> np.ndarray:
+        """Relative, of each layer: root mean square over steps and replicates."""
+        return np.sqrt(np.mean((values - exact[:, None]) ** 2, axis=(0, 1))) / scale
+
+    def row(estimates: np.ndarray, contender: str, interval: int, decay: float) -> dict[str, Any]:
+        found = errors(held(estimates, interval, decay)[steps])
+        seconds = merged[contender]["median_seconds"]
+        return {
+            "median": float(np.median(found)),
+            "worst": float(np.max(found)),
+            "by_layer": found,
+            "over_adam": (given + seconds / interval) / adam,
+        }
+
+    rows = {}
+    for interval in INTERVALS:
+        for decay in DECAYS:
+            for probes in NUM_PROBES:
+                # One replicate of ten probes, or ten of one.
+                of_k = samples if probes == 1 else samples.mean(axis=1, keepdims=True)
+                contender = "hutchinson joint" if probes == 1 else TEN_PROBES
+                label = f"K={probes}, every {interval}, decay {decay:g}"
+                rows[label] = row(of_k, contender, interval, decay)
+            label = f"flipout, every {interval}, decay {decay:g}"
+            rows[label] = row(flipped, DEFAULT_FLIPOUT, interval, decay)
+    batch = errors(np.asarray([of_batch[step]["mean"] for step in steps])[:, None])
+    truth_errors = np.asarray([truth[step]["std_error"] for step in steps], np.float64)
+    return {
+        "rows": rows,
+        "steps": len(samples),
+        "batch": {"median": float(np.median(batch)), "worst": float(np.max(batch))},
+        "truth_error": float(np.median(truth_errors / abs(exact))),
+    }
+
+
+def _lines(by_model: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of the table of what had to hold that are about traces."""
+    lines = []
+    for name, model in by_model.items():
+        merged = model["contenders"]
+        if name != "moons":
+            ratio = float(np.median(merged[DEFAULT_FLIPOUT]["sd"] / merged[TEN_PROBES]["sd"]))
+            lines.append(_line("standard error", name, DEFAULT_FLIPOUT, 1.0, ratio, ratio <= 1))
+        if name in WORK_TARGETS:
+            labels = [label for label in OURS if label.startswith("flipout")]
+            found = {label: best_peer(merged[label]) for label in labels}
+            label = max(labels, key=lambda key: (found[key] or ("", 0.0))[1])
+            peer, ratio = found[label] or ("no peer is installed", math.nan)
+            target = WORK_TARGETS[name]
+            lines.append(_line("work", name, f"{label}; {peer}", target, ratio, ratio >= target))
+        if name == "transformer":
+            label, best = min(model["telemetry"].items(), key=lambda item: item[1]["over_adam"])
+            how = f"{label}, {best['probes']} probes, worst {best['worst_layer']}"
+            ratio, target = best["over_adam"], TELEMETRY_TARGET
+            lines.append(_line("telemetry", name, how, target, ratio, ratio <= target))
+    return lines
+
+
+def _line(
+    measure: str, model: str, how: str, target: float, figure: float, holds: bool
+) -> dict[str, Any]:
+    return {
+        "measure": measure,
+        "model": model,
+        "how": how,
+        "target": target,
+        "figure": figure,
+        "holds": bool(holds),
+    }

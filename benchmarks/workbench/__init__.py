@@ -1,0 +1,1 @@
+"""What `benchmarks.cost` and `benchmarks.traces` share: models, timing, the store of results."""

@@ -1,0 +1,170 @@
+"""Training steps as users write them, one for each optimizer that is compared."""
+
+import dataclasses
+import functools
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks.workbench._models import Batch, Model, Params
+from benchmarks.workbench._timing import Visit
+from lama_optax import Estimator, flipout, hutchinson, lama_adam, layer_curvature, layer_names
+
+LEARNING_RATE = 1e-3
+ADAM = "optax.adam"
+GIVEN = "LAMA, curvature given"
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """An optimizer, how often it estimates curvature, and whether that is given to it instead."""
+
+    tx: optax.GradientTransformation
+    interval: int = 1
+    given: bool = False
+
+
+def first_order() -> dict[str, Contender]:
+    """Optimizers that need the gradient alone, and LAMA where it makes no estimate."""
+    rate = LEARNING_RATE
+    return {
+        ADAM: Contender(optax.adam(rate)),
+        "optax.amsgrad": Contender(optax.amsgrad(rate)),
+        "optax.radam": Contender(optax.radam(rate)),
+        GIVEN: Contender(lama_adam(rate), given=True),
+    }
+
+
+#: What LAMA is measured with: label -> estimator.
+ESTIMATORS: dict[str, Estimator] = {
+    "K=10 vmapped, the paper's": hutchinson(10, chunk_size=10),
+    "K=10": hutchinson(10),
+    "K=1": hutchinson(1),
+    "flipout joint": flipout(1, scope="joint"),
+    "flipout block": flipout(1, scope="block"),
+}
+
+#: `flipout()` as it comes is one of the two.
+FLIPOUT = next(label for label, estimator in ESTIMATORS.items() if estimator == flipout())
+
+
+def lama_label(estimator: str, interval: int) -> str:
+    """The contender's name in tables."""
+    return f"LAMA, {estimator}, every {interval}"
+
+
+def with_curvature(intervals: tuple[int, ...] = (1, 10)) -> dict[str, Contender]:
+    """Optimizers that estimate curvature, beside Adam; Sophia's own interval is 10."""
+    rate = LEARNING_RATE
+    result = {ADAM: Contender(optax.adam(rate))}
+    for interval in intervals:
+        sophia = optax.contrib.sophia(rate, update_interval=interval)
+        result[f"optax.contrib.sophia, every {interval}"] = Contender(sophia, interval)
+    for label, estimator in ESTIMATORS.items():
+        for interval in intervals:
+            tx = lama_adam(rate, estimator=estimator, update_interval=interval)
+            result[lama_label(label, interval)] = Contender(tx, interval)
+    default = inspect.signature(lama_adam).parameters["update_interval"].default
+    result["lama_adam as it comes"] = Contender(lama_adam(rate), default)
+    return result
+
+
+class Step:
+    """One contender's training step on one model, compiled when it is first needed."""
+
+    def __init__(self, model: Model, contender: Contender):
+        self._model, self._contender = model, contender
+        self._tx = optax.with_extra_args_support(contender.tx)
+
+    def step(self, params: Params, state: Any, batch: Batch) -> tuple[Params, Any]:
+        """The next parameters and state; each optimizer takes the arguments that it needs."""
+        task = self._model.task
+
+        def value_fn(p: Params) -> jax.Array:
+            return task.loss_fn(p, batch)
+
+        extra: dict[str, Any] = {
+            "value_fn": value_fn,
+            "obj_fn": value_fn,  # Sophia's word
+            "example_value_fn": task.loss_fn,
+            "batch": batch,
+        }
+        if self._contender.given:
+            extra["curvature"] = jnp.ones(len(layer_names(params)))
+        grads = jax.grad(value_fn)(params)
+        updates, state = self._tx.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    @functools.cached_property
+    def _start(self) -> tuple[Params, Any]:
+        params = self._model.params
+        return params, self._tx.init(params)
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """The step for the model's batch; old parameters and state make room for the new."""
+        jitted = jax.jit(self.step, donate_argnums=(0, 1))
+        return jitted.lower(*self._start, self._model.batch).compile()
+
+    def temp_bytes(self) -> int:
+        """What the compiled step needs beside its arguments and results."""
+        return self.compiled.memory_analysis().temp_size_in_bytes
+
+    def run(self, steps: int) -> float:
+        """Seconds that ``steps`` take, from the trained parameters and a new state."""
+        # Donated arrays are gone after a step, so each run starts from copies.
+        params, state = jax.block_until_ready(jax.tree.map(jnp.copy, self._start))
+        step, batch = self.compiled, self._model.batch
+        began = time.perf_counter()
+        for _ in range(steps):
+            params, state = step(params, state, batch)
+            jax.block_until_ready(params)
+        return time.perf_counter() - began
+
+    def endless(self) -> Callable[[], object]:
+        """A function that makes one step and waits for it; each goes on from the last."""
+        params, state = jax.tree.map(jnp.copy, self._start)
+
+        def step() -> None:
+            nonlocal params, state
+            params, state = self.compiled(params, state, self._model.batch)
+            jax.block_until_ready(params)
+
+        return step
+
+    def visit(self) -> Visit:
+        """For `interleave`: whole intervals, so that each estimate is paid by its steps."""
+        interval = self._contender.interval
+
+        def visit(window: float) -> float:
+            seconds, steps = 0.0, 0
+            while steps == 0 or seconds < window:
+                seconds += self.run(interval)
+                steps += interval
+            return seconds / steps
+
+        return visit
+
+
+def compiled_estimate(model: Model, estimator: Estimator) -> Any:
+    """The layers' traces as a compiled function of (params, batch, seed)."""
+    loss_fn = model.task.loss_fn
+
+    def estimate(params: Params, batch: Batch, seed: jax.Array) -> jax.Array:
+        found = layer_curvature(
+            params,
+            seed,
+            estimator=estimator,
+            value_fn=lambda p: loss_fn(p, batch),
+            example_value_fn=loss_fn,
+            batch=batch,
+        )
+        return found.mean * found.size
+
+    # The seed is an argument: probes that were constants would be drawn by the compiler.
+    return jax.jit(estimate).lower(model.params, model.batch, jnp.uint32(0)).compile()

@@ -1,0 +1,80 @@
+"""Results as JSON lines: a measurement is kept when it ends, and what is kept is not run again."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Unit = dict[str, Any]
+
+
+class Store:
+    """One file; each line is a unit of work, what identifies it, and its result.
+
+    A line holds the unit (what was measured, with every setting that its numbers depend on), the
+    ``context`` that all units share (versions and machine), and the result. The same unit under
+    another context is another measurement.
+    """
+
+    def __init__(self, path: Path, context: dict[str, Any]):
+        """Reads what ``path`` holds; a last line that an interruption cut short is dropped."""
+        self.path, self.context = path, plain(context)
+        self._results: dict[str, Any] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        whole, _, cut = content.rpartition(b"\n")
+        if cut:
+            with path.open("r+b") as file:
+                file.truncate(len(content) - len(cut))
+        for line in whole.decode().splitlines():
+            record = json.loads(line)
+            self._results[record["id"]] = record["result"]
+
+    def identify(self, unit: Unit) -> str:
+        """A hash of the unit and its context."""
+        text = json.dumps([plain(unit), self.context], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def get(self, unit: Unit) -> Any | None:
+        """The unit's result, or None if it was not measured."""
+        return self._results.get(self.identify(unit))
+
+    def run(self, unit: Unit, measure: Callable[[], Any]) -> Any:
+        """The unit's result, measured now unless it is there."""
+        key = self.identify(unit)
+        if key not in self._results:
+            result = plain(measure())
+            record = {"id": key, "unit": plain(unit), "context": self.context, "result": result}
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self._results[key] = result
+        return self._results[key]
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's types; numbers to six digits, those that are not finite as None."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, np.ndarray | np.generic) or hasattr(value, "__array__"):
+        return plain(np.asarray(value).tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def save_json(path: Path, results: dict[str, Any]) -> None:
+    """Writes ``results`` for people to read: indented, as `plain` has it."""
+    path.write_text(json.dumps(plain(results), indent=1) + "\n")

@@ -1,0 +1,25 @@
+"""How pictures look: the moons' style and colours, which colour-blind readers can tell apart."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only, no display
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from benchmarks.moons._figures import BLUE, GREEN, ORANGE, PURPLE, SKY, STYLE, VERMILLION
+
+#: In the order in which lines of one picture take them.
+COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "black")
+MARKERS = ("o", "s", "^", "D", "v", "P", "x")
+
+
+def save_all(folder: Path, figures: Mapping[str, Callable[[], Figure]]) -> None:
+    """Draws each figure in the common style and writes it to ``folder``."""
+    for name, draw in figures.items():
+        with plt.rc_context(STYLE):
+            figure = draw()
+            figure.savefig(folder / name)
+            plt.close(figure)

@@ -1,0 +1,64 @@
+"""Timing that survives a machine whose speed changes: contenders take turns, ratios are paired.
+
+In every round each contender is visited once, in a shuffled order; what is compared is the ratio
+of two contenders' times within a round, and of these the median over the rounds.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+#: Works for about as many seconds as it is told, returns the seconds that one unit of work took.
+Visit = Callable[[float], float]
+
+
+class Spread(NamedTuple):
+    """A median and the range of what it is the median of."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of the values of all rounds."""
+        array = np.asarray(values, np.float64)
+        return cls(float(np.median(array)), float(array.min()), float(array.max()))
+
+
+def repeat(work: Callable[[], object], units: int = 1) -> Visit:
+    """A visit that repeats ``work``, which does ``units`` units and returns when they are done."""
+
+    def visit(window: float) -> float:
+        calls, began = 0, time.perf_counter()
+        while calls == 0 or time.perf_counter() - began < window:
+            work()
+            calls += 1
+        return (time.perf_counter() - began) / (calls * units)
+
+    return visit
+
+
+def interleave(
+    visits: Mapping[str, Visit], rounds: int, window: float, seed: int | Sequence[int]
+) -> dict[str, list[float]]:
+    """Seconds for one unit of each contender's work, one entry a round."""
+    rng = np.random.default_rng(seed)
+    names = list(visits)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for i in rng.permutation(len(names)):
+            seconds[names[i]].append(visits[names[i]](window))
+    return seconds
+
+
+def paired_ratio(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> Spread:
+    """The contender's time over the reference's in the same round."""
+    return Spread.of(np.divide(seconds[name], seconds[reference]).tolist())
+
+
+def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """The exponent of a power law fitted to times over sizes, in logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])

@@ -304,7 +304,7 @@ def test_open_choices_are_compared_with_the_usual_one():
         for i, (v, e) in enumerate({10.0: 0.05, 0.0: 0.0, -10.0: 0.0}.items())
     ]
     text = questions_section(Study({"wine": lines})).markdown()
-    assert "1 of 1 choice change" in text
+    assert "1 of 1 choice have a value that changes" in text
     assert "1 equivalent; 10 worse on wine (+5.0" in text
 
 

@@ -6,6 +6,7 @@ from benchmarks.study._report_data import BASE, Study
 from benchmarks.study._report_text import (
     NOT_RUN,
     Section,
+    capital,
     label,
     listed,
     number,
@@ -44,7 +45,7 @@ def causes_section(study: Study) -> Section:
         return Section(title, f"Controls of LAMA: {NOT_RUN}.")
     gain = study.aggregate("lama")
     helps = gain is not None and gain.difference.below_zero
-    opening = "There is a" if helps else f"{label('lama')} has no".capitalize()
+    opening = capital(f"{label('lama')} has {'a' if helps else 'no'}")
     groups: dict[str, list[str]] = {}
     for control in controls:
         groups.setdefault(_word(study, control), []).append(label(control))

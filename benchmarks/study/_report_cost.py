@@ -111,11 +111,11 @@ def _answer(arm: str, by_workload: dict[str, dict[str, Cost]]) -> str:
     ratios = np.array([found[arm].over(found[BASE]) for found in both.values()])
     usable = ratios[np.isfinite(ratios).all(axis=1)]
     never = [w for w, found in both.items() if math.isinf(found[arm].steps)]
-    text = f"{label(arm)}: both reach it on no workload"
+    text = f"the cost of {label(arm)} cannot be told: on no workload do most runs get there"
     if usable.size:
         steps, gradients, seconds = np.exp(np.log(usable).mean(axis=0))
         text = (
             f"{label(arm)} takes {steps:.2f} times the steps, {gradients:.2f} times the gradients"
             f" and {seconds:.2f} times the time (geometric mean, {count(len(usable), 'workload')})"
         )
-    return text + (f", and half its runs never reach it on {listed(never)}" if never else "")
+    return text + (f"; most of its runs miss it on {listed(never)}" if never else "")

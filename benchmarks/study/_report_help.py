@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from benchmarks.study._report_data import BASE, Judged, Runs, Study
+from benchmarks.study._report_data import BASE, BETTER_ADAM, Judged, Runs, Study
 from benchmarks.study._report_text import (
     NOT_RUN,
     Section,
@@ -63,7 +63,8 @@ def help_section(study: Study) -> Section:
             " P(lower) is the probability of a lower held-out loss on the same seed, a tie"
             " counting half."
         ),
-        *(folded(f"All arms on {w}", _all_arms(study, w, section)) for w in study.workloads),
+        _caution(study),
+        *(folded(f"All arms on {w}", _all_arms(study, w)) for w in study.workloads),
         (
             "Limits: small models, few hundred steps, one fixed number of steps for each"
             " workload; the verdicts hold for these. Means leave out pairs in which a run"
@@ -103,7 +104,8 @@ def tally(judged: Mapping[str, Judged]) -> str:
     for workload, found in judged.items():
         by_word.setdefault(found.word, []).append(workload)
     if len(by_word) == 1:
-        return f"{next(iter(by_word))} on each of {count(len(judged), 'workload')}"
+        where = f"each of {len(judged)} workloads" if len(judged) > 1 else next(iter(judged))
+        return f"{next(iter(by_word))} on {where}"
     parts = [
         f"{word} on {len(by_word[word])} ({listed(by_word[word])})"
         for word in WORDS
@@ -135,7 +137,7 @@ def _forms(study: Study, judged: Mapping[str, Mapping[str, Judged]]) -> str:
 def _aggregates(study: Study, arms: list[str], judged: Mapping[str, Mapping[str, Judged]]) -> str:
     rows = []
     for arm in arms:
-        found = study.aggregate(arm)
+        found, better = study.aggregate(arm), study.aggregate(arm, BETTER_ADAM)
         if found is None:
             continue
         words = Counter(j.word for j in judged[arm].values())
@@ -144,21 +146,35 @@ def _aggregates(study: Study, arms: list[str], judged: Mapping[str, Mapping[str,
             (
                 label(arm),
                 percent(found.difference),
+                percent(better.difference) if better else NOT_RUN,
                 f"{p.estimate:.2f} [{p.low:.2f}, {p.high:.2f}]",
                 *(str(words[word] or "") for word in WORDS),
             )
         )
-    return table(("arm", "interquartile mean, difference", "P(lower)", *WORDS), rows)
+    return table(
+        ("arm", "interquartile mean, difference", f"from {label(BETTER_ADAM)}", "P(lower)", *WORDS),
+        rows,
+    )
 
 
-def _all_arms(study: Study, workload: str, section: Section) -> str:
+def _caution(study: Study) -> str:
+    lost = [w for w, judged in study.judge("adam").items() if judged.word == "better"]
+    if not lost:
+        return ""
+    return (
+        f"Caution: on {listed(lost)} {label('adam')} has the lower held-out loss of the two Adams,"
+        " so there the grid over two hyper-parameters was too coarse for the base, and for every"
+        f" arm with two. The column on {label(BETTER_ADAM)} is the fairer one."
+    )
+
+
+def _all_arms(study: Study, workload: str) -> str:
     base = study.runs(workload, BASE)
     rows = []
     for arm in study.arms():
         runs = study.runs(workload, arm)
         if runs is None:
             continue
-        section.cite(workload, runs)
         judged = study.judge(arm).get(workload) if arm != BASE else None
         rows.append(_arm_row(runs, base, judged))
     header = (
@@ -173,9 +189,10 @@ def _all_arms(study: Study, workload: str, section: Section) -> str:
         "metric",
         "seeds",
         "settings",
+        "line",
     )
     metric = base.line.get("metric_name") if base else None
-    note = f"\n\nMetric: {metric}." if metric else ""
+    note = f"\n\nMetric: {metric}. Lines: of `{workload}.jsonl`." if metric else ""
     return table(header, rows) + note
 
 
@@ -194,6 +211,7 @@ def _arm_row(runs: Runs, base: Runs | None, judged: Judged | None) -> tuple[str,
         number(float(np.nanmean(metric)), 4) if metric is not None else "",
         str(runs.seeds.size),
         ", ".join(f"{name} {_setting(value)}" for name, value in runs.line["hypers"].items()),
+        f"`#{runs.id}`",
     )
 
 

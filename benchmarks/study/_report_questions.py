@@ -93,8 +93,8 @@ def questions_section(study: Study) -> Section:
     matter = [_name(q) for q in asked if any(_matters(j) for j in judged[q].values())]
     section = Section(
         title,
-        f"{len(matter)} of {count(len(asked), 'choice')} change the held-out loss by what cannot be"
-        f" called chance or less than 1 %{': ' + listed(matter) if matter else ''}.",
+        f"{len(matter)} of {count(len(asked), 'choice')} have a value that changes the held-out"
+        f" loss, and not by chance or within 1 %{': ' + listed(matter) if matter else ''}.",
     )
     missing = [_name(q) for q in QUESTIONS if q not in asked and q != "sensitivity_retuned"]
     section.blocks = [

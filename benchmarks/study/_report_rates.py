@@ -121,7 +121,7 @@ def rates_section(study: Study) -> Section:
     answers = [_answer(*pair, found) for pair, found in by_pair.items() if found]
     if not answers:
         return Section(title, f"Learning-rate ranges of LAMA and Adam: {NOT_RUN}.")
-    section = Section(title, f"The range of good learning rates: {'; '.join(answers)}.")
+    section = Section(title, f"Of the ranges of good learning rates, {'; '.join(answers)}.")
     tuned = [arm for arm in arms if any(study.trials(w, arm) for w in study.workloads)]
     rows = []
     for workload in study.workloads:
@@ -171,13 +171,13 @@ def _answer(arm: str, base: str, found: dict[str, Interval]) -> str:
     overall = mean_interval(np.array([interval.estimate for interval in found.values()]))
     wider = sum(interval.estimate > 0 for interval in found.values())
     if math.isnan(overall.low):
-        verdict = "cannot be told on so few workloads"
+        verdict = "cannot be told from"
     elif overall.low > 0:
-        verdict = "is wider"
+        verdict = "is wider than"
     else:
-        verdict = "is narrower" if overall.high < 0 else "is not wider"
+        verdict = "is narrower than" if overall.high < 0 else "is not wider than"
     return (
-        f"for {label(arm)} it {verdict} than for {label(base)} ({signed(overall)} decades, wider on"
+        f"that of {label(arm)} {verdict} that of {label(base)} ({signed(overall)} decades, wider on"
         f" {wider} of {count(len(found), 'workload')})"
     )
 

@@ -11,6 +11,7 @@ from benchmarks.study._report_rates import best_by_rate, width_difference
 from benchmarks.study._report_text import (
     NOT_RUN,
     Section,
+    capital,
     count,
     folded,
     label,
@@ -96,7 +97,7 @@ def headroom_section(study: Study) -> Section:
         return Section(title, f"The search over static momenta per layer: {NOT_RUN}.")
     none = [w for w, j in judged["layer_momenta"].items() if j.word != "better"]
     answers = [_headroom(search, found) for search, found in judged.items() if found]
-    section = Section(title, f"{'; '.join(answers)}.")
+    section = Section(title, f"{capital('; '.join(answers))}.")
     rows = []
     for workload in judged["layer_momenta"]:
         found = searches[workload]
@@ -135,7 +136,7 @@ def headroom_section(study: Study) -> Section:
 def _headroom(search: str, judged: Mapping[str, Judged]) -> str:
     better = [w for w, j in judged.items() if j.word == "better"]
     worse = [w for w, j in judged.items() if j.word.startswith("worse")]
-    text = f"A static {label(search)} beats one b1 on {len(better)} of"
+    text = f"a static {label(search)} beats one b1 on {len(better)} of"
     text += f" {count(len(judged), 'workload')}" + (f" ({listed(better)})" if better else "")
     return text + (f" and loses on {len(worse)} ({listed(worse)})" if worse else "")
 

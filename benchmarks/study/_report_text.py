@@ -14,6 +14,7 @@ LABELS = {
     "sgd": "SGD, momentum",
     "adam": "Adam(lr)",
     "adam_b1": "Adam(lr, b1)",
+    "better_adam": "the better Adam on validation",
     "amsgrad": "AMSGrad",
     "radam": "RAdam",
     "nadam": "NAdam",
@@ -70,8 +71,10 @@ def label(arm: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
-    align = [":--", *["--:"] * (len(header) - 1)]
+    """A Markdown table; columns with a number in them to the right, words to the left."""
+    rows = list(rows)
+    columns = [[row[i][:1] for row in rows] for i in range(len(header))]
+    align = ["--:" if set("".join(c)) & set("+<0123456789") else ":--" for c in columns]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, align, *rows))
 
 
@@ -125,6 +128,11 @@ def listed(words: Sequence[str]) -> str:
     if len(words) < 2:
         return "".join(words)
     return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def capital(text: str) -> str:
+    """The text with a capital first letter, as a sentence begins."""
+    return text[:1].upper() + text[1:]
 
 
 def picture(name: str, alt: str) -> str:

@@ -31,7 +31,7 @@ class Groups(NamedTuple):
 
     def mean(self, tree: PyTree) -> jax.Array:
         """Averages every layer's entries, shape (L,)."""
-        return self.sum(tree) / jnp.asarray(self.sizes, jnp.float32)
+        return self.sum(tree) / jnp.asarray(self.sizes, float)
 
     def spread(self, values: jax.Array, tree: PyTree) -> PyTree:
         """A tree like ``tree`` with every leaf its layer's entry of ``values``, a scalar."""

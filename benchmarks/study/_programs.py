@@ -57,7 +57,7 @@ def lama_observe(state: PyTree) -> dict[str, jax.Array]:
     is_lama = lambda x: isinstance(x, LamaState)  # noqa: E731
     (lama,) = filter(is_lama, jax.tree.leaves(state, is_leaf=is_lama))
     # Eq. 3 divides by Adam's sum of weights, whatever alpha is.
-    gain = lama.weight_sum / (1 - 0.9 ** lama.count.astype(jnp.float32))
+    gain = lama.weight_sum / (1 - 0.9 ** lama.count.astype(float))
     return {"curvature": lama.curvature, "alpha": lama.alpha, "gain": gain}
 
 
@@ -118,7 +118,7 @@ def layered(
         groups = group_layers(params)
         count, mu, nu = state
         count = count + 1
-        time = count.astype(jnp.float32)
+        time = count.astype(float)
 
         def of(values: jax.Array) -> PyTree:
             return groups.spread(jnp.broadcast_to(values, (groups.count,)), grads)

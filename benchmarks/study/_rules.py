@@ -108,7 +108,7 @@ def ruled_adam(
         del extra
         groups, count = group_layers(params), state.count + 1
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, state.nu, grads)
-        correction = 1 - b2 ** count.astype(jnp.float32)
+        correction = 1 - b2 ** count.astype(float)
         # P^(1/2)
         root = jax.tree.map(lambda v: 1 / jnp.sqrt(jnp.sqrt(v / correction) + eps), nu)
 
@@ -124,7 +124,7 @@ def ruled_adam(
         # An estimate that is not finite is left out, as in `lama_scale`.
         latest = jnp.where(jnp.isfinite(latest), latest, state.q)
         q = Q_DECAY * state.q + (1 - Q_DECAY) * latest
-        q_hat = q / (1 - Q_DECAY ** count.astype(jnp.float32))
+        q_hat = q / (1 - Q_DECAY ** count.astype(float))
 
         gradient = jax.tree.map(jnp.multiply, root, grads)
         measured = Measured(q_hat, groups, gradient, preconditioned, rule_key, count)
@@ -243,7 +243,7 @@ def capped_rate(
         latest = groups.sum(jax.tree.map(jnp.multiply, unit, product))
         latest = jnp.where(jnp.isfinite(latest), latest, quotient)
         quotient = Q_DECAY * quotient + (1 - Q_DECAY) * latest
-        largest = quotient / (1 - Q_DECAY ** seen.count.astype(jnp.float32))
+        largest = quotient / (1 - Q_DECAY ** seen.count.astype(float))
         # Averaging products, not unit vectors: c (A u) of later steps outgrow the random start.
         direction = jax.tree.map(lambda d, p: Q_DECAY * d + (1 - Q_DECAY) * p, direction, product)
         bound = c * 2 * (1 + b1) / ((1 - b1) * jnp.maximum(largest, 1e-12))

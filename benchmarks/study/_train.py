@@ -143,7 +143,7 @@ class Trainer:
         full = [*jobs, *[jobs[0]] * (self.chunk - len(jobs))]
         runs = jax.tree.map(lambda *x: np.stack(x), *(self.make_run(seed) for _, seed in full))
         hypers = {
-            key: np.stack([_as_array(own.get(key, default)) for own, _ in full])
+            key: np.stack([_as_array(own.get(key, default), default) for own, _ in full])
             for key, default in program.hypers.items()
         }
         sharding = NamedSharding(Mesh(np.asarray(self.devices), ("runs",)), PartitionSpec("runs"))
@@ -159,6 +159,5 @@ class Trainer:
         return jax.tree.map(lambda x: np.asarray(x)[: len(jobs)], history), seconds
 
 
-def _as_array(value: Any) -> np.ndarray:
-    array = np.asarray(value)
-    return array.astype(np.int32 if array.dtype.kind == "i" else np.float32)
+def _as_array(value: Any, default: float) -> np.ndarray:
+    return np.asarray(value, np.int32 if isinstance(default, int) else np.float32)

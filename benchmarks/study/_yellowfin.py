@@ -1,8 +1,8 @@
 """YellowFin's measurements and its SingleStep rule (Zhang and Mitliagkas, 2017), by layer.
 
 In the metric preconditioned by P: gradients are P^(1/2) g, and the curvature h is the layer's
-mean of P^(1/2) H P^(1/2), measured by a probe, where YellowFin takes the squared norm of the
-gradient, which would depend on the scale of the loss.
+mean of P^(1/2) H P^(1/2), measured by a probe and without its sign, where YellowFin takes the
+squared norm of the gradient, which would depend on the scale of the loss.
 
     h_min, h_max    smallest and largest h of the last 20 steps, averaged
     C               variance of the gradient;   D  distance to the optimum, from |g| / h
@@ -21,7 +21,7 @@ PyTree = Any
 
 WINDOW = 20
 DECAY = 0.999
-#: h counts as at least this share of the window's largest: noise makes it negative at times.
+#: h counts as at least this share of the window's largest: noise takes it through 0 at times.
 SMALLEST_SHARE = 1e-3
 
 
@@ -56,7 +56,7 @@ def measure(
     pool: float | jax.Array,
 ) -> Memory:
     """One step's measurements; with ``pool`` = 1 every layer gets those of all together."""
-    sizes = jnp.asarray(groups.sizes, jnp.float32)
+    sizes = jnp.asarray(groups.sizes, float)
 
     def pooled(values: jax.Array) -> jax.Array:
         return jnp.where(jnp.asarray(pool) == 1, jnp.sum(values), values)
@@ -64,7 +64,7 @@ def measure(
     def average(old: Any, new: Any) -> Any:
         return DECAY * old + (1 - DECAY) * new
 
-    h = jnp.where(jnp.asarray(pool) == 1, jnp.sum(sizes * h) / jnp.sum(sizes), h)
+    h = jnp.abs(jnp.where(jnp.asarray(pool) == 1, jnp.sum(sizes * h) / jnp.sum(sizes), h))
     window = memory.window.at[(count - 1) % WINDOW].set(h)
     filled = (jnp.arange(WINDOW) < count)[:, None]
     largest = jnp.maximum(jnp.max(jnp.where(filled, window, -jnp.inf), axis=0), 1e-30)
@@ -72,7 +72,7 @@ def measure(
     smallest = jnp.maximum(jnp.min(jnp.where(filled, window, jnp.inf), axis=0), floor)
     h = jnp.maximum(h, floor)
 
-    correction = 1 - DECAY ** count.astype(jnp.float32)
+    correction = 1 - DECAY ** count.astype(float)
     mean_gradient = jax.tree.map(average, memory.mean_gradient, gradient)
     squared = average(memory.squared_gradient, groups.sum(jax.tree.map(jnp.square, gradient)))
     mean_squared = groups.sum(jax.tree.map(lambda m: (m / correction) ** 2, mean_gradient))
@@ -95,7 +95,7 @@ def measure(
 
 def single_step(memory: Memory, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Momentum and rate of every layer."""
-    correction = 1 - DECAY ** count.astype(jnp.float32)
+    correction = 1 - DECAY ** count.astype(float)
     h_min, h_max = memory.h_min / correction, memory.h_max / correction
     distance = memory.distance / correction
     # x^2 D^2 + (1 - x)^4 C / h_min^2 is least where p x = (1 - x)^3.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.study import _report, _report_rules, _statistics
 from benchmarks.study._report import default_output, main
+from benchmarks.study._report_cap import losses_at
 from benchmarks.study._report_cost import cost
 from benchmarks.study._report_data import Judged, Study, Trial, load
 from benchmarks.study._report_help import verdict
-from benchmarks.study._report_questions import questions_section, traces_section
+from benchmarks.study._report_questions import questions_section
 from benchmarks.study._report_rates import range_within, width_difference
-from benchmarks.study._report_rules import losses_at, overall_verdict, verdicts_of
+from benchmarks.study._report_rules import overall_verdict, verdicts_of
 from benchmarks.study._report_text import p_value, percent
+from benchmarks.study._report_traces import traces_section
 from benchmarks.study._statistics import Aggregate, Comparison, Interval
 
 SEEDS = 20
@@ -141,6 +144,7 @@ def test_a_part_of_the_study_is_reported_as_such(tmp_path, lines):
     write(tmp_path, lines)
     text = main(tmp_path).read_text()
     assert "not run" in text
+    assert not re.search(r"\bnan\b|\+nan", text)
     assert text.count("\n## ") == len(_report.SECTIONS)
 
 
@@ -305,7 +309,7 @@ def test_open_choices_are_compared_with_the_usual_one():
     ]
     text = questions_section(Study({"wine": lines})).markdown()
     assert "1 of 1 choice have a value that changes" in text
-    assert "1 equivalent; 10 worse on wine (+5.0" in text
+    assert "1 equivalent; worse on wine: 10 (+5" in text
 
 
 def test_the_first_layers_trace_is_counted():

@@ -134,3 +134,46 @@ def panels(
         )
     figure.suptitle(f"{title} (arrow: beyond the axis)", fontsize=11)
     return figure
+
+
+def small_multiples(count: int, height: float) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of ``count`` panels, three a row, each ``height`` inches high."""
+    columns = columns_of(count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(max(4.2 * columns, 6), height * rows + 0.9), squeeze=False
+    )
+    flat = axes.ravel()
+    for ax in flat[count:]:
+        ax.set_axis_off()
+    return figure, list(flat)
+
+
+def columns_of(count: int) -> int:
+    """Panels a row."""
+    return min(count, 3)
+
+
+def spaced(workload: str) -> str:
+    """A workload's name for a reader."""
+    return workload.replace("_", " ")
+
+
+def name_axes(axes: Sequence[Axes], count: int, x: str, y: str) -> None:
+    """Labels at the left and below the lowest panels only."""
+    columns = columns_of(count)
+    for i, ax in enumerate(axes[:count]):
+        if i + columns >= count:
+            ax.set_xlabel(x)
+        if i % columns == 0:
+            ax.set_ylabel(y)
+
+
+def legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend for all panels."""
+    handles: dict[str, Any] = {}
+    for ax in axes:
+        handles |= {name: h for h, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=6, fontsize=9
+    )

@@ -13,17 +13,20 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from benchmarks.study import _figures_choices as choices
 from benchmarks.study import _figures_curves as curves
 from benchmarks.study import _figures_forest as forests
 from benchmarks.study._figures import save
 from benchmarks.study._report_causes import causes_section
 from benchmarks.study._report_cost import cost_section
 from benchmarks.study._report_data import BASE, Study, load
+from benchmarks.study._report_headroom import headroom_section
 from benchmarks.study._report_help import help_section
-from benchmarks.study._report_questions import questions_section, traces_section
+from benchmarks.study._report_questions import questions_section
 from benchmarks.study._report_rates import rates_section
-from benchmarks.study._report_rules import headroom_section, rules_section
+from benchmarks.study._report_rules import rules_section
 from benchmarks.study._report_text import NOT_RUN, Section, label, table
+from benchmarks.study._report_traces import traces_section
 from benchmarks.study._statistics import MARGIN, RESAMPLES, SEED
 
 SECTIONS: tuple[Callable[[Study], Section], ...] = (
@@ -44,8 +47,8 @@ FIGURES: dict[str, Callable[[Study], Figure | None]] = {
     "learning_rates.png": curves.learning_rates,
     "cost.png": curves.cost,
     "curves.png": curves.curves,
-    "questions.png": curves.open_choices,
-    "traces.png": curves.traces,
+    "questions.png": choices.open_choices,
+    "traces.png": choices.traces,
     "headroom.png": forests.headroom,
     "rules.png": forests.rules,
 }
@@ -122,14 +125,14 @@ def _reading() -> str:
         f"How to read it. Every arm is compared with {label(BASE)}, its learning rate and b1 tuned"
         " with as many trials. The primary figure is the relative difference of the mean held-out"
         " losses at a fixed number of steps, paired by seed (split, initialisation, batch order):"
-        " negative is lower, that is better. In brackets: 95 % intervals, by default BCa bootstrap"
-        f" of {RESAMPLES} resamples, seed {SEED}. p: paired t-test, Holm over the workloads."
-        f" *Equivalent*: within +-{100 * MARGIN:g} % by two one-sided paired t-tests, Holm alike;"
-        " it comes before *better* and *worse*, which need p < 0.05 and an interval without 0;"
-        " else *undecided*. An arm that diverges on more than one run in a hundred more than its"
-        " base is *worse (diverges)*. Over all workloads: difference of the interquartile means of"
-        " losses relative to the base's mean, every workload counting the same, stratified"
-        " bootstrap (arch) over seeds."
+        " negative is lower, that is better. In brackets: 95 % intervals, unless said otherwise"
+        f" BCa bootstrap of {RESAMPLES} resamples, seed {SEED}. p: paired t-test, Holm over the"
+        f" workloads. *Equivalent*: within +-{100 * MARGIN:g} % by two one-sided paired t-tests,"
+        " Holm alike; it comes before *better* and *worse*, which need p < 0.05 and an interval"
+        " without 0; else *undecided*. An arm that diverges on more than one run in a hundred"
+        " more than its base is *worse (diverges)*. Over all workloads: difference of the"
+        " interquartile means of losses relative to the base's mean, every workload counting the"
+        " same, stratified bootstrap (arch) over seeds."
     )
 
 

@@ -19,9 +19,10 @@ from benchmarks.study._report_text import (
     percent,
     picture,
     share,
+    signed,
     table,
 )
-from benchmarks.study._statistics import MARGIN, Aggregate, mean_interval
+from benchmarks.study._statistics import MARGIN, Aggregate, Interval, mean_interval
 
 #: The arms that the first question is about, the headline first.
 LAMA = ("lama", "lama_ema", "lama_paper")
@@ -141,18 +142,23 @@ def _aggregates(study: Study, arms: list[str], judged: Mapping[str, Mapping[str,
         if found is None:
             continue
         words = Counter(j.word for j in judged[arm].values())
-        p = found.improvement
         rows.append(
             (
                 label(arm),
                 percent(found.difference),
                 percent(better.difference) if better else NOT_RUN,
-                f"{p.estimate:.2f} [{p.low:.2f}, {p.high:.2f}]",
+                signed(found.improvement).replace("+", ""),
                 *(str(words[word] or "") for word in WORDS),
             )
         )
     return table(
-        ("arm", "interquartile mean, difference", f"from {label(BETTER_ADAM)}", "P(lower)", *WORDS),
+        (
+            "arm",
+            "interquartile mean, difference",
+            f"difference from {label(BETTER_ADAM)}",
+            "P(lower)",
+            *WORDS,
+        ),
         rows,
     )
 
@@ -201,9 +207,9 @@ def _arm_row(runs: Runs, base: Runs | None, judged: Judged | None) -> tuple[str,
     metric = runs.values("test_metric", math.nan) if "test_metric" in runs.line else None
     return (
         label(runs.arm),
-        f"{number(loss.estimate, 4)} [{number(loss.low, 4)}, {number(loss.high, 4)}]",
+        _loss(loss),
         percent(judged.comparison.relative) if judged else "",
-        f"{100 * judged.comparison.median:+.2f} %" if judged else "",
+        percent(Interval(judged.comparison.median)) if judged else "",
         p_value(judged.p) if judged else "",
         p_value(judged.p_equivalent) if judged else "",
         share(float(np.mean(~np.isfinite(runs.test)))),
@@ -213,6 +219,12 @@ def _arm_row(runs: Runs, base: Runs | None, judged: Judged | None) -> tuple[str,
         ", ".join(f"{name} {_setting(value)}" for name, value in runs.line["hypers"].items()),
         f"`#{runs.id}`",
     )
+
+
+def _loss(loss: Interval) -> str:
+    text = number(loss.estimate, 4)
+    known = not math.isnan(loss.low)
+    return f"{text} [{number(loss.low, 4)}, {number(loss.high, 4)}]" if known else text
 
 
 def _setting(value: float | list[float]) -> str:

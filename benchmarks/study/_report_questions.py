@@ -1,9 +1,6 @@
-"""Questions 5 and 6: the choices that the sources leave open, and Section 4.4's traces."""
+"""Question 5: the choices that the sources leave open."""
 
-import math
 from collections.abc import Mapping
-
-import numpy as np
 
 from benchmarks.study._report_data import Judged, Line, Runs, Study, runs_of
 from benchmarks.study._report_text import (
@@ -23,20 +20,17 @@ from benchmarks.study._report_text import (
 QUESTIONS: dict[str, tuple[str, str]] = {
     "num_probes": ("number of probes K", "1"),
     "probe": ("probe distribution", "rademacher"),
-    "scope": ("joint, block, flipout", "joint"),
-    "hvp": ("exact products, or finite differences of step", "exact"),
+    "scope": ("joint or block, flipout or not", "joint"),
+    "hvp": ("exact products or finite differences", "exact"),
     "update_interval": ("update interval", "1"),
     "curvature_decay": ("decay of the curvature's average", "0"),
-    "sensitivity": ("lambda, at a fixed learning rate", "0"),
-    "sensitivity_retuned": ("lambda, learning rate tuned again", "0"),
+    "sensitivity": ("lambda at a fixed learning rate", "0"),
+    "sensitivity_retuned": ("lambda with the rate tuned again", "0"),
     "alpha_range": ("range of alpha", "0.5 to 1.5"),
     "layers": ("what a layer is", "module"),
     "schedule": ("schedules of lambda and alpha", "constant"),
     "learned": ("lambda learned for each layer", "one lambda"),
 }
-
-#: When the layers' traces were read.
-WHEN = {"start": "at the start", "middle": "in the middle", "end": "at the end"}
 
 
 def questions(study: Study) -> dict[str, dict[str, dict[str, Runs]]]:
@@ -129,12 +123,12 @@ def _usual(question: str, by_workload: Mapping[str, Mapping[str, Runs]]) -> str:
 def _finding(judged: Mapping[tuple[str, str], Judged]) -> str:
     words = [j.word for j in judged.values()]
     parts = [f"{words.count(word)} {word}" for word in ("equivalent", "undecided") if word in words]
-    parts += [
-        f"{value} {j.word} on {workload} ({percent(j.comparison.relative)})"
-        for (workload, value), j in judged.items()
-        if _matters(j)
-    ]
-    return "; ".join(parts)
+    by_place: dict[str, list[str]] = {}
+    for (workload, value), j in judged.items():
+        if _matters(j):
+            size = f"{100 * j.comparison.relative.estimate:+.2g} %"
+            by_place.setdefault(f"{j.word} on {workload}", []).append(f"{value} ({size})")
+    return "; ".join([*parts, *(f"{place}: {', '.join(v)}" for place, v in by_place.items())])
 
 
 def _values(
@@ -169,60 +163,3 @@ def _sorted(values: Mapping[str, list[Line]]) -> dict[str, list[Line]]:
         return float(value) if isinstance(value, int | float) else 0.0  # words keep their order
 
     return dict(sorted(values.items(), key=key))
-
-
-def layer_traces(
-    study: Study, workload: str
-) -> tuple[list[str], dict[str, dict[str, list[float]]]]:
-    """Names of the layers; "curvature" and "trace" at start, middle and end, means over seeds."""
-    runs = study.runs(workload, "lama")
-    if runs is None or "trace" not in runs.line:
-        return [], {}
-    found = {
-        key: {
-            when: [math.nan if x is None else float(x) for x in values]
-            for when, values in runs.line[key].items()
-        }
-        for key in ("curvature", "trace")
-    }
-    return list(runs.line["layers"]), found
-
-
-def traces_section(study: Study) -> Section:
-    """Section 4.4: is the first layer's trace the higher one?"""
-    title = "6. Section 4.4: which layer has the larger trace?"
-    found = {w: layer_traces(study, w) for w in study.workloads}
-    found = {w: f for w, f in found.items() if len(f[0]) > 1}
-    if not found:
-        return Section(title, f"Traces per layer: {NOT_RUN}.")
-
-    def first_is_largest(key: str, when: str) -> list[str]:
-        return [w for w, (_, seen) in found.items() if np.argmax(seen[key][when]) == 0]
-
-    when = list(next(iter(found.values()))[1]["trace"])
-    parts = []
-    for key, name in (("trace", "trace"), ("curvature", "curvature per parameter")):
-        counts = [f"{len(first_is_largest(key, w))} {WHEN.get(w, w)}" for w in when]
-        parts.append(f"the largest {name} on {listed(counts)}")
-    section = Section(
-        title,
-        f"Of {count(len(found), 'workload')} the first layer has {' and '.join(parts)}; the paper"
-        " says that it is the higher one.",
-    )
-    rows = []
-    for workload, (names, seen) in found.items():
-        section.cite(workload, study.runs(workload, "lama"))
-        for i, name in enumerate(names):
-            values = [seen[key][w][i] for key in ("trace", "curvature") for w in when]
-            rows.append((workload, name, *map(number, values)))
-    header = [f"{key}, {w}" for key in ("trace", "curvature") for w in when]
-    section.blocks = [
-        table(("workload", "layer", *header), rows),
-        picture("traces.png", "Trace of each layer at the start, in the middle and at the end"),
-        (
-            "Means over seeds, on the path of tuned LAMA, from the estimates that it used;"
-            " curvature is the trace over the layer's number of parameters, loss per parameter"
-            " squared."
-        ),
-    ]
-    return section

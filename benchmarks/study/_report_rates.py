@@ -152,7 +152,8 @@ def rates_section(study: Study) -> Section:
         ),
         picture("learning_rates.png", "Validation loss against learning rate, best of the rest"),
         (
-            "Limits: other hyper-parameters are the best tried at each rate, from the seeds of"
+            "Limits: an arm with few rates tried has its range resolved coarsely; other"
+            " hyper-parameters are the best tried at each rate, from the seeds of"
             " tuning; a sign \u2265 marks a range that reaches the end of the rates tried. The"
             " ids are those of each arm's best trial; the range is from all `tune` lines of that"
             " arm."

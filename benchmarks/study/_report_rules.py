@@ -1,4 +1,4 @@
-"""Questions 7 and 8: the headroom of static per-layer settings, and the rules V1 to V5."""
+"""Question 8: the rules V1 to V5, each against the control that falsifies it."""
 
 import math
 from collections.abc import Mapping
@@ -6,17 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.study._report_data import BASE, Judged, Runs, Study, Trial
-from benchmarks.study._report_rates import best_by_rate, width_difference
+from benchmarks.study._report_cap import LARGE, cap_evidence
+from benchmarks.study._report_data import BASE, Runs, Study
 from benchmarks.study._report_text import (
     NOT_RUN,
     Section,
-    capital,
-    count,
     folded,
     label,
     listed,
-    number,
     p_value,
     percent,
     picture,
@@ -25,16 +22,11 @@ from benchmarks.study._report_text import (
 )
 from benchmarks.study._statistics import (
     LEVEL,
-    Array,
     Interval,
     mean_interval,
-    paired_interval,
-    relative_difference,
 )
 
 SURVIVES, FALSIFIED, OPEN = "survives", "falsified", "not decided"
-#: Learning rates over Adam's best one at which V5 has to be better.
-LARGE = 10.0
 
 
 class Rule(NamedTuple):
@@ -82,63 +74,6 @@ READING = (
     " interquartile mean over workloads (V5: to the mean over workloads, five at least). A rule"
     " whose difference lies inside +-1 % survives in name only, and the table says so."
 )
-
-
-def headroom_section(study: Study) -> Section:
-    """Static momenta and rates per layer against one b1, all with equal search budgets."""
-    title = "7. Is there headroom for momentum per layer at all?"
-    base = "global_momentum"
-    searches = {w: study.headroom(w) for w in study.workloads}
-    judged = {
-        search: study.judge_runs({w: (f.get(search), f.get(base)) for w, f in searches.items()})
-        for search in ("layer_momenta", "layer_rates")
-    }
-    if not judged["layer_momenta"]:
-        return Section(title, f"The search over static momenta per layer: {NOT_RUN}.")
-    none = [w for w, j in judged["layer_momenta"].items() if j.word != "better"]
-    answers = [_headroom(search, found) for search, found in judged.items() if found]
-    section = Section(title, f"{capital('; '.join(answers))}.")
-    rows = []
-    for workload in judged["layer_momenta"]:
-        found = searches[workload]
-        section.cite(workload, *found.values())
-        row = [workload, number(found[base].finite_mean, 4)]
-        for by_workload in judged.values():
-            one = by_workload.get(workload)
-            row += (
-                [percent(one.comparison.relative), p_value(one.p), one.word]
-                if one
-                else [NOT_RUN, "", ""]
-            )
-        trials = {str(r.line.get("trials", "-")) for r in found.values()}
-        rows.append([*row, ", ".join(sorted(trials)), str(found[base].seeds.size)])
-    header = ["workload", "one b1, loss"]
-    for search in judged:
-        header += [label(search), "p (Holm)", "verdict"]
-    section.blocks = [
-        table([*header, "trials each", "seeds"], rows),
-        picture("headroom.png", "Static settings per layer relative to one tuned b1"),
-        (
-            "No static momentum per layer was found there that beats one b1, so no curvature rule"
-            f" that settles can be expected to win on {listed(none)}."
-            if none
-            else ""
-        ),
-        (
-            "Held-out loss on seeds that the search did not see, relative to one b1, searched as"
-            " often. Limits: a search of so few trials in more dimensions finds less of its"
-            " optimum, so a headroom of zero is one that such a search cannot reach."
-        ),
-    ]
-    return section
-
-
-def _headroom(search: str, judged: Mapping[str, Judged]) -> str:
-    better = [w for w, j in judged.items() if j.word == "better"]
-    worse = [w for w, j in judged.items() if j.word.startswith("worse")]
-    text = f"a static {label(search)} beats one b1 on {len(better)} of"
-    text += f" {count(len(judged), 'workload')}" + (f" ({listed(better)})" if better else "")
-    return text + (f" and loses on {len(worse)} ({listed(worse)})" if worse else "")
 
 
 def rules_section(study: Study) -> Section:
@@ -245,49 +180,10 @@ def _in_name_only(found: tuple[str, str, bool]) -> str:
     return " (within +-1 %: in name only)" if found[2] and found[0] == SURVIVES else ""
 
 
-def cap_evidence(study: Study, workload: str) -> tuple[Interval, Interval] | None:
-    """V5's width minus Adam's, decades, and its relative loss at a large learning rate."""
-    arm, base = study.trials(workload, "v5"), study.trials(workload, BASE)
-    if not arm or not base:
-        return None
-    return width_difference(arm, base), _loss_at_large_rate(arm, base)
-
-
 def _cap_verdict(width: Interval, loss: Interval) -> str:
     if math.isnan(width.low) and math.isnan(loss.low):
         return OPEN
     return SURVIVES if width.above_zero or loss.below_zero else FALSIFIED
-
-
-def _loss_at_large_rate(arm: list[Trial], base: list[Trial]) -> Interval:
-    rates, losses = best_by_rate(base)
-    if not np.isfinite(losses).any():
-        return Interval(math.nan)
-    highest = min(max(t.rate for t in trials) for trials in (arm, base))
-    wanted = min(LARGE * rates[int(np.argmin(losses))], highest)
-    x, y = (losses_at(trials, wanted) for trials in (arm, base))
-    if not np.isfinite(y).all():  # Adam diverges there: any finite loss is better
-        return Interval(*(-1.0,) * 3) if np.isfinite(x).all() else Interval(math.nan)
-    if not np.isfinite(x).all():
-        return Interval(*(1.0,) * 3)
-    return paired_interval(relative_difference, x, y) if x.shape == y.shape else Interval(math.nan)
-
-
-def losses_at(trials: list[Trial], rate: float) -> Array:
-    """Losses by seed at any rate between those tried: a straight line over its logarithm.
-
-    Between the two neighbouring rates, the best setting of each; infinite where one of them
-    diverged.
-    """
-    best: dict[float, Trial] = {}
-    for trial in sorted(trials, key=lambda t: -t.losses.mean()):
-        best[trial.rate] = trial
-    below = max((r for r in best if r <= rate), default=min(best))
-    above = min((r for r in best if r >= rate), default=max(best))
-    part = math.log(rate / below) / math.log(above / below) if above > below else 0.0
-    if part in (0, 1):
-        return best[above if part else below].losses
-    return (1 - part) * best[below].losses + part * best[above].losses
 
 
 def _by_workload(study: Study, rule: str, verdicts: Mapping[str, str], section: Section) -> str:

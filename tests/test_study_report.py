@@ -238,6 +238,28 @@ def test_rules_are_falsified_by_the_issues_criteria(rule, effects, expected):
     assert set(verdicts_of(study, rule).values()) == {expected}
 
 
+@pytest.mark.parametrize(
+    ("effects", "worth"),
+    [
+        ({"adam_b1": 0, "adam": 0.1, "v3": -0.05, "v3_global": 0.0}, "V3"),
+        ({"adam_b1": 0, "adam": 0.1, "v3": 0.05, "v3_global": 0.1}, "none"),  # it beats no Adam
+        ({"adam_b1": 0.05, "adam": 0.1, "v3": 0.0, "v3_global": 0.006}, "none"),  # in name only
+    ],
+)
+def test_a_rule_worth_having_also_beats_adam(effects, worth):
+    answer = _report_rules.rules_section(rule_study(effects)).answer
+    assert f"Worth having beside Adam(lr, b1): {worth}." in answer
+    assert answer.startswith("Survives: V3.")
+
+
+def test_the_better_adam_is_chosen_on_validation_loss():
+    lines = [final("adam", -0.5), final("adam_b1")]
+    lines += [*tune("adam", {0.1: 2}), *tune("adam_b1", {0.1: 1})]
+    assert Study({"wine": lines}).runs("wine", "better_adam").arm == "adam_b1"
+    lines += tune("adam", {0.01: 0.5})
+    assert Study({"wine": lines}).runs("wine", "better_adam").arm == "adam"
+
+
 def test_a_rule_without_its_control_is_not_decided():
     assert overall_verdict(rule_study({"adam_b1": 0, "v1": -0.05}), "v1")[0] == "not decided"
 

@@ -74,7 +74,9 @@ class Axis:
             middle = (self.count - 1) / 2
             step = 2 * spacing / self.count
             wanted = [best + (i - middle) * step for i in range(self.count)]
-        return [min(max(u, self.bounds[0]), self.bounds[1]) for u in wanted]
+        # At a bound the values move together, so that no two are the same.
+        low, high = max(min(wanted), self.bounds[0]), min(max(wanted), self.bounds[1])
+        return [low + i * (high - low) / max(self.count - 1, 1) for i in range(self.count)]
 
 
 Hypers = dict[str, float]

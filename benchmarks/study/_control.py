@@ -103,6 +103,7 @@ def control_workload() -> Workload:
         tune_seeds=5,
         final_seeds=120,
         chunk=120,
+        step_microseconds=400,
         make=_make,
         init=lambda key: lecun_mlp(key, (4, 16, 2)),
         loss=_loss,

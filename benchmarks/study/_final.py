@@ -20,6 +20,15 @@ Hypers = dict[str, Any]
 TARGET_FACTOR = 1.05
 
 
+CONTROL_PROGRAMS = {
+    "adam_matched": "layered",
+    "lama_frozen": "layered",
+    "lama_shuffled": "lama",
+    "lama_flipped": "lama",
+    "v1_shuffled": "v1",
+}
+
+
 def final(bench: Bench, arms: Sequence[str]) -> None:
     """Runs the arms, then the controls of those among them."""
     target = TARGET_FACTOR * score(selected(bench, "adam"))
@@ -33,29 +42,34 @@ def final(bench: Bench, arms: Sequence[str]) -> None:
         )
     for control, of in CONTROLS.items():
         if of in arms:
-            program, hypers = _control(bench, control)
-            hypers = plain(hypers)  # trained with the digits that are stored
+            hypers = plain(_control(bench, control))  # trained with the digits that are stored
+            program = CONTROL_PROGRAMS[control]
             _run(bench, control, program, hypers, target, selected_from=0, control_of=of)
 
 
-def _control(bench: Bench, name: str) -> tuple[str, Hypers]:
-    """Program and hyper-parameters of a control, from the arm that it explains."""
+def final_work(bench: Bench, arms: Sequence[str]) -> float:
+    """Seconds of arms and controls, as `Bench.work` has them."""
+    names = [make_arm(arm, bench.workload.trials).program for arm in arms]
+    names += [CONTROL_PROGRAMS[control] for control, of in CONTROLS.items() if of in arms]
+    return sum(bench.work(PROGRAMS[name], len(final_seeds(bench))) for name in names)
+
+
+def _control(bench: Bench, name: str) -> Hypers:
+    """The hyper-parameters of a control, from the arm that it explains."""
     of = finished(bench, CONTROLS[name])
     hypers = of["hypers"]
-    if name == "lama_shuffled":
-        return "lama", hypers | {"shift": 1}
+    if name in ("lama_shuffled", "v1_shuffled"):
+        return hypers | {"shift": 1}
     if name == "lama_flipped":
-        return "lama", hypers | {"sensitivity": -hypers["sensitivity"]}
-    if name == "v1_shuffled":
-        return "v1", hypers | {"shift": 1}
+        return hypers | {"sensitivity": -hypers["sensitivity"]}
     ones = np.ones(len(of["layers"]))
     paper = {"weight": 0.1 * ones, "correction": 0.9 * ones}
     if name == "lama_frozen":
         decay = np.minimum(0.9 * np.asarray(of["alpha_mean"], float), 0.999)
-        return "layered", {"lr": hypers["lr"] * ones, "decay": decay, **paper}
+        return {"lr": hypers["lr"] * ones, "decay": decay, **paper}
     assert name == "adam_matched", name
     rates = hypers["lr"] * np.asarray(of["gain_mean"], float)
-    return "layered", {"lr": rates, "decay": 0.9 * ones, **paper}
+    return {"lr": rates, "decay": 0.9 * ones, **paper}
 
 
 def finished(bench: Bench, arm: str) -> Line:
@@ -76,11 +90,11 @@ def _run(
     seeds = final_seeds(bench)
     identity = bench.identity("final", arm=arm, hypers=hypers, seeds=seeds)
     if bench.store.get(identity) is not None:
-        bench.progress.skip(len(seeds))
+        bench.skip(PROGRAMS[program], len(seeds))
         return
     bench.progress.say(f"{bench.workload.name} final {arm}")
     jobs = [(hypers, seed) for seed in seeds]
-    history, seconds = bench.trainer(program, PROGRAMS[program], jobs, bench.progress.advance)
+    history, seconds = bench.train(program, PROGRAMS[program], jobs)
     curve = history.validation_curve
     bench.store.add(
         bench.header("final", identity, arm, hypers, seeds)

@@ -25,10 +25,10 @@ RATE = Axis("lr", "log", 0, 0, 1)
 MOMENTUM = Axis("b1", "momentum", 0, 0, 1, (0.0, 4.0))
 
 
-def headroom_runs(bench: Bench) -> int:
-    """Training runs of all searches."""
-    tuning = ROUNDS * TRIALS * len(tune_seeds(bench))
-    return len(SEARCHES) * (tuning + len(final_seeds(bench)))
+def headroom_work(bench: Bench) -> float:
+    """Seconds of all searches, as `Bench.work` has them."""
+    runs = ROUNDS * TRIALS * len(tune_seeds(bench)) + len(final_seeds(bench))
+    return len(SEARCHES) * bench.work(PROGRAMS["layered"], runs)
 
 
 def headroom(bench: Bench) -> None:
@@ -49,7 +49,7 @@ def _search(bench: Bench, search: str) -> None:
         budget=[ROUNDS, TRIALS, HALF_WIDTH, SEED],
     )
     if bench.store.get(identity) is not None:
-        bench.progress.skip(headroom_runs(bench) // len(SEARCHES))
+        bench.progress.expect(-headroom_work(bench) / len(SEARCHES))
         return
     bench.progress.say(f"{bench.workload.name} headroom {search}")
     count = bench.trainer.groups.count
@@ -68,9 +68,7 @@ def _search(bench: Bench, search: str) -> None:
         points[:, num_rates:] = np.clip(points[:, num_rates:], *MOMENTUM.bounds)
         trials = [_hypers(point, num_rates, count) for point in points]
         jobs = [(trial, seed) for trial in trials for seed in selecting]
-        history, seconds = bench.trainer(
-            "layered", PROGRAMS["layered"], jobs, bench.progress.advance
-        )
+        history, seconds = bench.train("layered", PROGRAMS["layered"], jobs)
         total += seconds
         shape = TRIALS, len(selecting)
         losses = np.reshape(history.validation_loss, shape)
@@ -81,7 +79,7 @@ def _search(bench: Bench, search: str) -> None:
                 best, best_score = point, found
     hypers = _hypers(best, num_rates, count)
     jobs = [(hypers, seed) for seed in seeds]
-    history, seconds = bench.trainer("layered", PROGRAMS["layered"], jobs, bench.progress.advance)
+    history, seconds = bench.train("layered", PROGRAMS["layered"], jobs)
     bench.store.add(
         bench.header("headroom", identity, search, hypers, seeds)
         | {

@@ -120,6 +120,7 @@ def language_workload() -> Workload:
         tune_seeds=2,
         final_seeds=24,
         chunk=24,
+        step_microseconds=1300,
         make=_make,
         init=_init,
         loss=_loss,

@@ -78,6 +78,7 @@ def pinn_workload() -> Workload:
         tune_seeds=6,
         final_seeds=100,
         chunk=72,
+        step_microseconds=45,
         make=_make,
         init=lambda key: lecun_mlp(key, (2, 16, 16, 1)),
         loss=_loss,

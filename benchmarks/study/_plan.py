@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study._axes import MAX_ROUNDS
+from benchmarks.study._programs import Hypers, Program
 from benchmarks.study._settings import PROTOCOL, Settings
 from benchmarks.study._store import Line, Store, unit_id, versions
-from benchmarks.study._train import Trainer
+from benchmarks.study._train import History, Trainer
 from benchmarks.study._workload import Workload
 
 #: Seeds from these on select; the others, on data splits of their own, are reported.
@@ -18,32 +19,38 @@ FIRST_FINAL_SEED = 0
 
 
 class Progress:
-    """A bar of training runs with the time left; what was done before does not count as fast."""
+    """A bar of the work done, in seconds that one core is expected to need; and the time left."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self) -> None:
         from tqdm import tqdm
 
         self._began = time.perf_counter()
         # disable=None: a bar for terminals, none in a file.
-        self._bar = tqdm(total=total, unit="run", disable=None, smoothing=0.05)
+        self._bar = tqdm(
+            total=0.0,
+            disable=None,
+            smoothing=0.05,
+            bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
+        )
 
-    def advance(self, runs: int) -> None:
-        """``runs`` training runs are finished."""
-        self._bar.update(runs)
+    def expect(self, seconds: float) -> None:
+        """So much work is planned; if negative, need not be done after all."""
+        if not self._bar.disable:
+            self._bar.total = max(self._bar.total + seconds, self._bar.n)
+            self._bar.refresh()
 
-    def skip(self, runs: int) -> None:
-        """``runs`` of the planned training runs need not be done."""
-        self._bar.total = max(self._bar.total - runs, self._bar.n)
-        self._bar.refresh()
-
-    def expect(self, runs: int) -> None:
-        """``runs`` more training runs than planned."""
-        self._bar.total += runs
-        self._bar.refresh()
+    def advance(self, seconds: float) -> None:
+        """So much work is done."""
+        self._bar.update(seconds)
 
     def say(self, what: str) -> None:
         """What is being done."""
         self._bar.set_postfix_str(what)
+
+    def finish(self, what: str) -> None:
+        """A phase is done; said in a line where there is no bar."""
+        if self._bar.disable:
+            print(f"{what}: done after {time.perf_counter() - self._began:.0f} s", flush=True)
 
     def close(self) -> None:
         """Ends the bar."""
@@ -60,6 +67,29 @@ class Bench:
     progress: Progress
     rounds: int
     scale: float
+
+    def work(self, program: Program, runs: int) -> float:
+        """Seconds of one core that training is expected to take, compilation left out."""
+        each = self.workload.steps * self.workload.step_microseconds / 1e6
+        return runs * each * program.gradient_equivalents
+
+    def skip(self, program: Program, runs: int) -> None:
+        """So many planned training runs are not needed."""
+        self.progress.expect(-self.work(program, runs))
+
+    def train(
+        self,
+        name: str,
+        program: Program,
+        jobs: Sequence[tuple[Hypers, int]],
+        trainer: Trainer | None = None,
+    ) -> tuple[History, float]:
+        """Trains (hyper-parameters, seed) after (hyper-parameters, seed); moves the bar."""
+
+        def done(runs: int) -> None:
+            self.progress.advance(self.work(program, runs))
+
+        return (trainer or self.trainer)(name, program, jobs, done)
 
     def identity(self, kind: str, **settings: Any) -> str:
         """The id of a unit of this workload."""

@@ -53,7 +53,7 @@ def ask(base: Hypers, steps: int, quick: bool) -> Iterator[Question]:
         return Question(question, value, name, lama_program(estimator, probes=k), plain)
 
     def with_hypers(question: str, value: float | str, **hypers: Any) -> Question:
-        return Question(question, value, "one probe", one, plain | hypers)
+        return Question(question, value, "lama", one, plain | hypers)
 
     for decay in (0.0, 0.5, 0.9, 0.99, 0.999):
         yield with_hypers("curvature_decay", decay, curvature_decay=decay)
@@ -126,8 +126,9 @@ def _scheduled(value: str, steps: int) -> Program:
 def questions(bench: Bench, quick: bool) -> None:
     """Runs the questions that are missing."""
     seeds = question_seeds(bench)
-    # A trainer of its own, whose chunk is as many runs as a question has.
-    trainer = Trainer(dataclasses.replace(bench.workload, chunk=len(seeds)))
+    # A trainer whose chunk is as many runs as a question has; a quick run compiles less instead.
+    own = dataclasses.replace(bench.workload, chunk=len(seeds))
+    trainer = bench.trainer if quick else Trainer(own)
     chosen = selected(bench, "lama")["hypers"]
     base = {"lr": chosen["lr"], "sensitivity": chosen["sensitivity"]}
     for asked in ask(base, bench.workload.steps, quick):
@@ -141,7 +142,7 @@ def questions(bench: Bench, quick: bool) -> None:
         if bench.store.get(identity) is None:
             _answer(bench, trainer, asked, identity, {})
         else:
-            bench.progress.skip(len(seeds))
+            bench.skip(asked.built, len(seeds))
     _retuned(bench, trainer, base)
     if not quick:
         _learned(bench, trainer, base)
@@ -152,20 +153,21 @@ def question_seeds(bench: Bench) -> list[int]:
     return final_seeds(bench)[:SEEDS]
 
 
-def question_runs(bench: Bench, quick: bool) -> int:
-    """Training runs of all questions."""
-    seeds = len(question_seeds(bench))
-    asked = sum(1 for _ in ask({"lr": 1.0, "sensitivity": 1.0}, bench.workload.steps, quick))
-    lambdas = 2 * len(LAMBDAS) + 1
-    total = asked * seeds + lambdas * (len(RETUNED) * len(tune_seeds(bench)) + seeds)
-    return total + (0 if quick else LEARNED_TRIALS * len(tune_seeds(bench)) + 2 * seeds)
+def question_work(bench: Bench, quick: bool) -> float:
+    """Seconds of all questions, as `Bench.work` has them."""
+    seeds, selecting = len(question_seeds(bench)), len(tune_seeds(bench))
+    base = {"lr": 1.0, "sensitivity": 1.0}
+    total = sum(bench.work(q.built, seeds) for q in ask(base, bench.workload.steps, quick))
+    runs = (2 * len(LAMBDAS) + 1) * (len(RETUNED) * selecting + seeds)
+    runs += 0 if quick else LEARNED_TRIALS * selecting + 2 * seeds
+    return total + bench.work(lama_program(), runs)
 
 
 def _answer(bench: Bench, trainer: Trainer, asked: Question, identity: str, fields: Hypers) -> None:
     seeds = question_seeds(bench)
     bench.progress.say(f"{bench.workload.name} {asked.question} {asked.value}")
     jobs = [(asked.hypers, seed) for seed in seeds]
-    history, seconds = trainer(asked.program, asked.built, jobs, bench.progress.advance)
+    history, seconds = bench.train(asked.program, asked.built, jobs, trainer)
     bench.store.add(
         bench.header("question", identity, "lama", asked.hypers, seeds)
         | {"question": asked.question, "value": asked.value, "seconds": seconds}
@@ -216,13 +218,13 @@ def _select(
     tuned = len(trials) > 1
     runs = len(seeds) + tuned * len(trials) * len(selecting)
     if bench.store.get(identity) is not None:
-        bench.progress.skip(runs)
+        bench.skip(lama_program(), runs)
         return
     bench.progress.say(f"{bench.workload.name} {question} {value}")
     program, best = lama_program(), trials[0]
     if tuned:
         jobs = [(trial, seed) for trial in trials for seed in selecting]
-        history, _ = trainer("one probe", program, jobs, bench.progress.advance)
+        history, _ = bench.train("lama", program, jobs, trainer)
         shape = len(trials), len(selecting)
         losses = np.reshape(history.validation_loss, shape)
         diverged = np.reshape(history.diverged, shape)
@@ -231,5 +233,5 @@ def _select(
             for loss, bad in zip(losses, diverged, strict=True)
         ]
         best = trials[int(np.argmin(scores))]
-    asked = Question(question, value, "one probe", program, best)
+    asked = Question(question, value, "lama", program, best)
     _answer(bench, trainer, asked, identity, {"trials": len(trials)})

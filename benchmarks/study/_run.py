@@ -3,28 +3,40 @@
 import dataclasses
 from collections.abc import Sequence
 
-from benchmarks.study._final import final
-from benchmarks.study._headroom import headroom, headroom_runs
+from benchmarks.study._final import final, final_work
+from benchmarks.study._headroom import headroom, headroom_work
 from benchmarks.study._language import unknown_text_note
-from benchmarks.study._plan import Bench, Progress, final_seeds, open_bench, tune_seeds
-from benchmarks.study._questions import QUESTION_WORKLOADS, question_runs, questions
-from benchmarks.study._settings import CONTROLS, Settings
-from benchmarks.study._tune import tune
+from benchmarks.study._plan import Bench, Progress, open_bench
+from benchmarks.study._questions import QUESTION_WORKLOADS, question_work, questions
+from benchmarks.study._settings import Settings, available_cores
+from benchmarks.study._tune import tune, tune_work
 from benchmarks.study._workload import Workload
 from benchmarks.study._workloads import all_workloads, missing_packages
+
+#: Seconds that compiling a workload's programs takes, in all.
+COMPILATION = 120.0
 
 
 def run_phases(settings: Settings, phases: Sequence[str]) -> None:
     """Workload after workload, each through all phases."""
     workloads = _chosen(settings)
-    progress = Progress(0)
+    progress = Progress()
     try:
         benches = [open_bench(w, settings.results, progress, settings) for w in workloads]
+        seconds = 0.0
         for bench in benches:
-            progress.expect(sum(_runs(bench, phase, settings) for phase in phases))
+            work = sum(_work(bench, phase, settings) for phase in phases)
+            progress.expect(work)
+            seconds += work + COMPILATION
+        print(
+            f"{len(benches)} workloads: about {seconds / 60 / available_cores():.0f} minutes on"
+            f" {available_cores()} cores, less what is finished already.",
+            flush=True,
+        )
         for bench in benches:
             for phase in phases:
                 _phase(bench, phase, settings)
+                progress.finish(f"{bench.workload.name} {phase}")
     finally:
         progress.close()
 
@@ -40,18 +52,16 @@ def _phase(bench: Bench, phase: str, settings: Settings) -> None:
         questions(bench, settings.quick)
 
 
-def _runs(bench: Bench, phase: str, settings: Settings) -> int:
-    """Training runs of a phase, at most."""
+def _work(bench: Bench, phase: str, settings: Settings) -> float:
+    """Seconds of one core that a phase is expected to take, at most; compilation left out."""
     if phase == "tune":
-        trials = bench.workload.trials * bench.rounds
-        return len(settings.arms) * trials * len(tune_seeds(bench))
+        return tune_work(bench, settings.arms)
     if phase == "final":
-        controls = sum(of in settings.arms for of in CONTROLS.values())
-        return (len(settings.arms) + controls) * len(final_seeds(bench))
+        return final_work(bench, settings.arms)
     if phase == "headroom":
-        return headroom_runs(bench)
+        return headroom_work(bench)
     is_asked = bench.workload.name in QUESTION_WORKLOADS
-    return question_runs(bench, settings.quick) if is_asked else 0
+    return question_work(bench, settings.quick) if is_asked else 0
 
 
 def _chosen(settings: Settings) -> list[Workload]:

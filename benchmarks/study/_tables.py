@@ -127,6 +127,7 @@ def _table(
     *,
     steps: int,
     batch: int,
+    cost: float,
     tune_seeds: int = 10,
     final_seeds: int = 200,
 ) -> Workload:
@@ -140,6 +141,7 @@ def _table(
         tune_seeds=tune_seeds,
         final_seeds=final_seeds,
         chunk=120,
+        step_microseconds=cost,
         make=functools.partial(_make, name=source, batch=batch, steps=steps, target=target),
         init=init,
         loss=functools.partial(_cross_entropy if is_class else _squared_error, apply),
@@ -157,16 +159,28 @@ def table_workloads() -> list[Workload]:
 
     coder = mlp(64, 32, 8, 32, 64)
     return [
-        _table("digits_mlp", "digits", "class", mlp(64, 32, 10), steps=300, batch=32),
+        _table("digits_mlp", "digits", "class", mlp(64, 32, 10), steps=300, batch=32, cost=30),
         _table(
             *("digits_cnn", "digits", "class", _init_cnn, _apply_cnn),
             steps=200,
             batch=32,
+            cost=250,
             tune_seeds=5,
             final_seeds=100,
         ),
-        _table("digits_autoencoder", "digits", "image", coder, steps=300, batch=32, tune_seeds=5),
-        _table("breast_cancer", "breast_cancer", "class", mlp(30, 16, 2), steps=100, batch=32),
-        _table("wine", "wine", "class", mlp(13, 16, 3), steps=100, batch=16),
-        _table("diabetes", "diabetes", "number", mlp(10, 16, 1), steps=160, batch=32),
+        _table(
+            "digits_autoencoder",
+            "digits",
+            "image",
+            coder,
+            steps=300,
+            batch=32,
+            cost=60,
+            tune_seeds=5,
+        ),
+        _table(
+            "breast_cancer", "breast_cancer", "class", mlp(30, 16, 2), steps=100, batch=32, cost=12
+        ),
+        _table("wine", "wine", "class", mlp(13, 16, 3), steps=100, batch=16, cost=12),
+        _table("diabetes", "diabetes", "number", mlp(10, 16, 1), steps=160, batch=32, cost=12),
     ]

@@ -26,6 +26,8 @@ def tune(bench: Bench, arms: Sequence[str]) -> None:
         for arm in built:
             _run_round(bench, arm, grids[arm.name], number)
         if not any(at_edge(bench, arm) for arm in built):
+            left = (bench.rounds - number - 1) / bench.rounds
+            bench.progress.expect(-left * tune_work(bench, arms))
             break
 
 
@@ -48,15 +50,13 @@ def _run_round(bench: Bench, arm: Arm, grid: Sequence[Hypers], number: int) -> N
         if bench.store.get(identity) is None and identity not in (i for i, _ in missing):
             missing.append((identity, hypers))
         else:
-            bench.progress.skip(len(seeds))
+            bench.skip(PROGRAMS[arm.program], len(seeds))
     together = max(1, bench.trainer.chunk // len(seeds))
     for start in range(0, len(missing), together):
         part = missing[start : start + together]
         jobs = [(hypers | arm.fixed, seed) for _, hypers in part for seed in seeds]
         bench.progress.say(f"{workload.name} tune {arm.name}")
-        history, seconds = bench.trainer(
-            arm.program, PROGRAMS[arm.program], jobs, bench.progress.advance
-        )
+        history, seconds = bench.train(arm.program, PROGRAMS[arm.program], jobs)
         shape = len(part), len(seeds)
         loss = np.reshape(history.validation_loss, shape)
         diverged = np.reshape(history.diverged, shape)
@@ -70,6 +70,13 @@ def _run_round(bench: Bench, arm: Arm, grid: Sequence[Hypers], number: int) -> N
                     "diverged": diverged[i],
                 }
             )
+
+
+def tune_work(bench: Bench, arms: Sequence[str]) -> float:
+    """Seconds of all rounds, as `Bench.work` has them."""
+    runs = bench.rounds * bench.workload.trials * len(tune_seeds(bench))
+    programs = [PROGRAMS[make_arm(arm, bench.workload.trials).program] for arm in arms]
+    return sum(bench.work(program, runs) for program in programs)
 
 
 def trials(bench: Bench, arm: str) -> list[Line]:

@@ -40,6 +40,7 @@ class Workload:
     tune_seeds: int
     final_seeds: int
     chunk: int  # runs trained at once
+    step_microseconds: float  # one gradient step of one run on one core, for estimates of time
     make: Callable[[int], tuple[dict[str, PyTree], PyTree]]  # seed -> data, batches
     init: Callable[[jax.Array], PyTree]
     loss: Callable[[PyTree, PyTree], jax.Array]

@@ -103,7 +103,7 @@ def compose(study: Study, sections: list[Section], drawn: list[str], folder: str
     parts = [
         "# Does layer-adaptive momentum help?",
         "Written by `python -m benchmarks.study report` from the JSON lines in"
-        f" [{folder}]({folder}); the protocol is in [README.md](README.md)."
+        f" [{folder}]({folder}); the protocol is in `benchmarks/README.md`."
         if folder != "."
         else "Written by `python -m benchmarks.study report` from the JSON lines beside it.",
         answers,

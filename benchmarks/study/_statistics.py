@@ -7,6 +7,9 @@ The equivalence test is of the same ratio: ``arm - (1 + margin) base`` has a mea
 when the ratio is below ``1 + margin``. A run that diverged has an infinite loss: means leave its
 pair out and its share is reported; medians, ranks and interquartile means keep it.
 
+The stratified bootstrap is arch's. rliable 1.2 was tried first: it wants arch < 8, which does not
+import beside pandas 3, and it draws from NumPy's global generator whatever seed it is given.
+
 Every bootstrap draws from `SEED`, so a report is the same whenever it is written.
 """
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType
 
 from lama_optax._layers import Layers
 
@@ -19,7 +20,24 @@ PyTree = Any
 def rademacher(key: jax.Array, params: PyTree, layers: Layers) -> PyTree:
     """Entries +1 or -1: the least variance for a diagonal Hessian, none."""
     del layers
-    return optax.tree.random_like(key, params, jax.random.rademacher)
+    return optax.tree.random_like(key, params, signs)
+
+
+def signs(key: jax.Array, shape: tuple[int, ...], dtype: Any, out_sharding: Any = None) -> Any:
+    """Rademacher numbers from one random bit each; `jax.random.rademacher` draws 64 for each.
+
+    Every device draws all words, 1/32 of the entries, and keeps its part: nothing is sent.
+    """
+    if not shape:
+        return signs(key, (1,), dtype).reshape(())
+    words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 32)), jnp.uint32)
+    place = jax.lax.broadcasted_iota(words.dtype, (*words.shape, 32), words.ndim)
+    bits = jnp.right_shift(words[..., None], place) & 1
+    flat = bits.reshape(*shape[:-1], words.shape[-1] * 32)[..., : shape[-1]]
+    drawn = (1 - 2 * flat.astype(jnp.int8)).astype(dtype)
+    if out_sharding is not None and AxisType.Explicit in out_sharding.mesh.axis_types:
+        return jax.sharding.reshard(drawn, out_sharding)
+    return drawn
 
 
 def gaussian(key: jax.Array, params: PyTree, layers: Layers) -> PyTree:

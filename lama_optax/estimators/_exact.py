@@ -14,6 +14,7 @@ from lama_optax._layers import Layers
 from lama_optax.estimators._protocol import (
     LayerCurvature,
     check_twice_differentiable,
+    primitive_names,
     scalar_objective,
 )
 
@@ -38,7 +39,7 @@ class _ExactTrace:
         """Sums the Hessian's diagonal, entry by entry, over each layer."""
         del key, extra_args
         objective = scalar_objective(value_fn, params, self.has_aux)
-        check_twice_differentiable(objective, params)
+        check_twice_differentiable(objective, params, primitive_names(objective, params))
         flat, unravel = ravel_pytree(optax.tree.cast(params, layers.dtype))
 
         def diagonal_entry(i: jax.Array) -> jax.Array:

@@ -9,17 +9,18 @@ the probes without drawing or storing one weight-shaped array for each example.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lama_optax._equations import average_curvature
 from lama_optax._layers import Layers
 from lama_optax._numbers import check_count, check_word
-from lama_optax._perturb import DropSigns, Perturbed, Signs, evaluate
-from lama_optax._probes import rademacher
+from lama_optax._perturb import DropSigns, Perturbed, Signs, added, evaluate, shifted
+from lama_optax._probes import signs
 from lama_optax.estimators._protocol import LayerCurvature, scalar_objective
 
 PyTree = Any
@@ -56,23 +57,25 @@ class _Flipout:
                 "batch must hold arrays with the same number of examples along their leading axis;"
                 f" got shapes {[jnp.shape(x) for x in jax.tree.leaves(batch)]}."
             )
-        loss = _ExampleLoss(example_value_fn, params, batch, layers)
+        is_block = self.scope == "block"
+        add = shifted if is_block else added
+        loss = _ExampleLoss(example_value_fn, params, batch, layers, add)
         num_layers = len(layers.names)
 
-        def joint(probe: PyTree, example_key: jax.Array, example: PyTree) -> jax.Array:
+        def joint(probe: PyTree, own: jax.Array, example: PyTree) -> jax.Array:
             def along(t: jax.Array) -> jax.Array:
-                return loss(t, range(num_layers), probe, example_key, example)
+                return loss(t, range(num_layers), probe, own, example)
 
             t = jnp.zeros(num_layers, layers.dtype)
             return jax.jvp(jax.grad(along), (t,), (jnp.ones_like(t),))[1]
 
-        def block(probe: PyTree, example_key: jax.Array, example: PyTree) -> jax.Array:
+        def block(probe: PyTree, own: jax.Array, example: PyTree) -> jax.Array:
             def second_derivative(layer: int) -> jax.Array:
                 one = jnp.ones((), layers.dtype)
                 basis = jnp.asarray([i == layer for i in range(num_layers)], layers.dtype)
 
                 def along(t: jax.Array) -> jax.Array:
-                    return loss(t * basis, [layer], probe, example_key, example)
+                    return loss(t * basis, [layer], probe, own, example)
 
                 def first_derivative(t: jax.Array) -> jax.Array:
                     return jax.jvp(along, (t,), (one,))[1]
@@ -81,12 +84,12 @@ class _Flipout:
 
             return jnp.stack([second_derivative(layer) for layer in range(num_layers)])
 
-        per_example = jax.vmap(joint if self.scope == "joint" else block, in_axes=(None, 0, 0))
+        per_example = jax.vmap(block if is_block else joint, in_axes=(None, 0, 0))
 
         def sample(probe_key: jax.Array) -> jax.Array:
             weight_key, sign_key = jax.random.split(probe_key)
-            example_keys = jax.random.split(sign_key, loss.batch_size)
-            return per_example(rademacher(weight_key, params, layers), example_keys, batch)
+            own = signs(sign_key, (loss.batch_size, loss.num_signs), jnp.int8)
+            return per_example(optax.tree.random_like(weight_key, params, signs), own, batch)
 
         keys = jax.random.split(key, self.num_probes)
         samples = jax.lax.map(sample, keys) if self.num_probes > 1 else sample(keys[0])[None]
@@ -107,8 +110,9 @@ class _ExampleLoss:
         params: PyTree,
         batch: PyTree,
         layers: Layers,
+        add: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     ):
-        self._params, self._layers = params, layers
+        self._params, self._layers, self._add = params, layers, add
         example = jax.tree.map(lambda x: x[0], batch)
         self.batch_size = jax.tree.leaves(batch)[0].shape[0]
 
@@ -118,61 +122,81 @@ class _ExampleLoss:
 
         self._jaxpr = jax.make_jaxpr(value)(params, example)
         # Which signs each leaf can carry in all its uses is found by trying, on shapes alone.
-        self._dropped: dict[int, frozenset[int]] = {}
+        self._signed = [tuple(range(leaf.ndim)) for leaf in jax.tree.leaves(params)]
         t = jnp.zeros(len(layers.names), layers.dtype)
         every_layer = range(len(layers.names))
         while True:
+            own = jax.ShapeDtypeStruct((self.num_signs,), jnp.int8)
             try:
                 jax.eval_shape(
-                    lambda key, p, e: self(t, every_layer, p, key, e),
-                    *(jax.random.key(0), params, example),
+                    lambda p, own, e: self(t, every_layer, p, own, e), params, own, example
                 )
             except DropSigns as drop:
-                known = self._dropped.get(drop.leaf, frozenset())
-                self._dropped[drop.leaf] = known | drop.origins
+                self._signed[drop.leaf] = tuple(
+                    axis for axis in self._signed[drop.leaf] if axis not in drop.origins
+                )
             else:
                 break
         # Given the shared probe, an example's sample is unbiased on its own, and so independent of
         # the others', where no axis of the layer's leaves lost its signs.
-        shared = {layers.leaf_layer[leaf] for leaf in self._dropped}
+        shared = {
+            layer
+            for layer, leaf, axes in zip(
+                layers.leaf_layer, jax.tree.leaves(params), self._signed, strict=True
+            )
+            if len(axes) < leaf.ndim
+        }
         self.independent = [layer not in shared for layer in every_layer]
 
+    @property
+    def num_signs(self) -> int:
+        """How many signs one example needs: one for each place along each axis that has any."""
+        return sum(stop - start for leaf in self._sign_ranges() for _, start, stop in leaf)
+
+    def _sign_ranges(self) -> list[list[tuple[tuple[int, ...], int, int]]]:
+        """Of each leaf: the axes of each group of its signs, and where among all signs they are."""
+        start = 0
+        ranges: list[list[tuple[tuple[int, ...], int, int]]] = []
+        for leaf, axes in zip(jax.tree.leaves(self._params), self._signed, strict=True):
+            # A scalar has no axis, but a sign.
+            groups = [((axis,), leaf.shape[axis]) for axis in axes] if leaf.ndim else [((), 1)]
+            ranges.append([])
+            for group, length in groups:
+                ranges[-1].append((group, start, start + length))
+                start += length
+        return ranges
+
     def __call__(
-        self, t: jax.Array, active: Any, probe: PyTree, key: jax.Array, example: PyTree
+        self, t: jax.Array, active: Sequence[int], probe: PyTree, own: jax.Array, example: PyTree
     ) -> jax.Array:
+        """The loss where only the weights of the ``active`` layers are perturbed.
+
+        ``own``, of shape (num_signs,), are the example's signs.
+        """
         leaves, probes = jax.tree.leaves(self._params), jax.tree.leaves(probe)
         scales = jax.tree.leaves(self._layers.spread(t, self._params))
-        args = [
-            self._perturbed(i, leaf, v, scale, jax.random.fold_in(key, i))
-            if self._is_active(i, active)
-            else leaf
-            for i, (leaf, v, scale) in enumerate(zip(leaves, probes, scales, strict=True))
-        ]
+        args: list[jax.Array | Perturbed] = []
+        for i, (leaf, v, scale, ranges) in enumerate(
+            zip(leaves, probes, scales, self._sign_ranges(), strict=True)
+        ):
+            groups = tuple(
+                Signs(
+                    frozenset(axes),
+                    axes,
+                    own[start:stop].reshape([leaf.shape[a] for a in axes]).astype(leaf.dtype),
+                )
+                for axes, start, stop in ranges
+            )
+            args.append(
+                Perturbed(i, leaf, v, scale, groups, self._add)
+                if self._is_active(i, active)
+                else leaf
+            )
         return evaluate(self._jaxpr, [*args, *jax.tree.leaves(example)])[0]
 
-    def _is_active(self, leaf: int, active: Any) -> bool:
+    def _is_active(self, leaf: int, active: Sequence[int]) -> bool:
         first, depth = self._layers.leaf_layer[leaf], self._layers.leaf_depth[leaf]
         return any(first <= layer < first + (depth or 1) for layer in active)
-
-    def _perturbed(
-        self, i: int, leaf: jax.Array, probe: jax.Array, scale: jax.Array, key: jax.Array
-    ) -> jax.Array | Perturbed:
-        axes = [a for a in range(leaf.ndim) if a not in self._dropped.get(i, frozenset())]
-        if leaf.ndim <= 1 and axes == list(range(leaf.ndim)):
-            # A bias or a scale meets an activation of its own size: perturbed as it is.
-            own = jax.random.rademacher(key, leaf.shape, leaf.dtype)
-            return leaf + scale.astype(leaf.dtype) * own
-        signs = tuple(
-            Signs(
-                frozenset({axis}),
-                (axis,),
-                jax.random.rademacher(
-                    jax.random.fold_in(key, axis), leaf.shape[axis : axis + 1], leaf.dtype
-                ),
-            )
-            for axis in axes
-        )
-        return Perturbed(i, leaf, probe, scale, signs)
 
 
 def _standard_error(samples: jax.Array, independent: list[bool]) -> jax.Array:

@@ -17,15 +17,16 @@ from lama_optax._probes import PROBES
 from lama_optax.estimators._protocol import (
     LayerCurvature,
     check_twice_differentiable,
+    has_custom_vjp,
+    primitive_names,
     scalar_objective,
 )
 
 PyTree = Any
+Objective = Callable[[PyTree], jax.Array]
 
-# With `chunk_size=None`, as many probes are vmapped as hold this many parameters together:
-# all of them for small models, where a loop is bound by its overhead, and one at a time for
-# large ones, where on a CPU the vmapped products are bound by memory.
-_DEFAULT_CHUNK_PARAMETERS = 2**14
+# Up to so many layers a "block" estimate is unrolled layer by layer; more would compile for long.
+_UNROLLED_LAYERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,44 +53,63 @@ class _Hutchinson:
         """Eq. (7): the mean over K probes of ``v^T H_l v``, over N_l, for every layer l."""
         del extra_args
         objective = scalar_objective(value_fn, params, self.has_aux)
+        primitives = primitive_names(objective, params)
+        if self.hvp == "exact":
+            check_twice_differentiable(objective, params, primitives)
+        quadratic_forms = self._quadratic_forms(objective, params, layers, primitives)
         size = layers.size_array()
-        hvp = self._hessian_vector_product(objective, params)
-
-        def quadratic_forms(probe: PyTree) -> jax.Array:
-            products = jax.tree.map(
-                lambda v, hv: v.astype(layers.dtype) * hv.astype(layers.dtype), probe, hvp(probe)
-            )
-            return average_curvature(layers.sum(products), size)
 
         def sample(probe_key: jax.Array) -> jax.Array:
             probe = PROBES[self.probe](probe_key, params, layers)
-            if self.scope == "joint":
-                return quadratic_forms(probe)
-
-            def one_layer(layer: jax.Array) -> jax.Array:
-                is_layer = jnp.arange(len(layers.names)) == layer
-                masked = jax.tree.map(
-                    lambda v, m: jnp.where(m, v, 0), probe, layers.spread(is_layer, params)
-                )
-                # A product with 0 would let the other layers' infinities through.
-                return jnp.sum(jnp.where(is_layer, quadratic_forms(masked), 0))
-
-            return jax.lax.map(one_layer, jnp.arange(len(layers.names)))
+            return average_curvature(quadratic_forms(probe), size)
 
         keys = jax.random.split(key, self.num_probes)
-        samples = _map(sample, keys, self._chunk(layers))
+        samples = _map(sample, keys, self.chunk_size or self._default_chunk(primitives))
         return LayerCurvature(
             mean=jnp.mean(samples, axis=0),
             std_error=_standard_error(samples),
             size=jnp.asarray(layers.sizes, jnp.int32).reshape(len(layers.sizes)),
         )
 
+    def _quadratic_forms(
+        self, objective: Objective, params: PyTree, layers: Layers, primitives: frozenset[str]
+    ) -> Callable[[PyTree], jax.Array]:
+        """The function of one probe that returns ``v_l^T H v_l`` for every layer, shape (L,)."""
+        num_layers = len(layers.names)
+        has_forward = self.hvp == "exact" and not has_custom_vjp(primitives)
+        if self.scope == "block" and has_forward and 0 < num_layers <= _UNROLLED_LAYERS:
+            return lambda probe: jnp.stack(
+                [
+                    _second_derivative(objective, params, probe, layers, layer)
+                    for layer in range(num_layers)
+                ]
+            )
+        hvp = self._hessian_vector_product(objective, params)
+
+        def joint(probe: PyTree) -> jax.Array:
+            products = jax.tree.map(
+                lambda v, hv: v.astype(layers.dtype) * hv.astype(layers.dtype), probe, hvp(probe)
+            )
+            return layers.sum(products)
+
+        def block(probe: PyTree) -> jax.Array:
+            def one_layer(layer: jax.Array) -> jax.Array:
+                is_layer = jnp.arange(num_layers) == layer
+                masked = jax.tree.map(
+                    lambda v, m: jnp.where(m, v, 0), probe, layers.spread(is_layer, params)
+                )
+                # A product with 0 would let the other layers' infinities through.
+                return jnp.sum(jnp.where(is_layer, joint(masked), 0))
+
+            return jax.lax.map(one_layer, jnp.arange(num_layers))
+
+        return joint if self.scope == "joint" else block
+
     def _hessian_vector_product(
-        self, objective: Callable[[PyTree], jax.Array], params: PyTree
+        self, objective: Objective, params: PyTree
     ) -> Callable[[PyTree], PyTree]:
         gradient = jax.grad(objective)
         if self.hvp == "exact":
-            check_twice_differentiable(objective, params)
             return lambda v: jax.jvp(gradient, (params,), (v,))[1]
 
         # H v ~ (grad L(theta + delta v) - grad L(theta)) / delta
@@ -107,10 +127,42 @@ class _Hutchinson:
 
         return finite_difference
 
-    def _chunk(self, layers: Layers) -> int:
-        if self.chunk_size is not None:
-            return self.chunk_size
-        return max(1, _DEFAULT_CHUNK_PARAMETERS // max(1, sum(layers.sizes)))
+    def _default_chunk(self, primitives: frozenset[str]) -> int:
+        """One probe at a time: measured, no slower than vmapped ones and in the least memory.
+
+        XLA's CPU compiler has no fast code for a convolution's derivatives in a loop: there they
+        take 40 to 200 times as long, and all probes are vmapped.
+        """
+        is_slow_in_a_loop = "conv_general_dilated" in primitives and jax.default_backend() == "cpu"
+        return self.num_probes if is_slow_in_a_loop else 1
+
+
+def _second_derivative(
+    objective: Objective, params: PyTree, probe: PyTree, layers: Layers, layer: int
+) -> jax.Array:
+    """``v_l^T H_l v_l``, forward over forward: cheaper than a product where it is all one needs.
+
+    Only the layer's own leaves are moved, so that what comes before them is not differentiated.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    is_layer = jnp.arange(len(layers.names)) == layer
+    masks = jax.tree.leaves(layers.spread(is_layer, params))
+    moved = {
+        i: jnp.where(masks[i], v, 0) if depth else v
+        for i, (v, first, depth) in enumerate(
+            zip(jax.tree.leaves(probe), layers.leaf_layer, layers.leaf_depth, strict=True)
+        )
+        if first <= layer < first + (depth or 1)
+    }
+
+    def along(own: dict[int, jax.Array]) -> jax.Array:
+        full = [own.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return objective(jax.tree.unflatten(treedef, full)).astype(layers.dtype)
+
+    def slope(own: dict[int, jax.Array]) -> jax.Array:
+        return jax.jvp(along, (own,), (moved,))[1]
+
+    return jax.jvp(slope, ({i: leaves[i] for i in moved},), (moved,))[1]
 
 
 def _map(fn: Callable[[jax.Array], jax.Array], keys: jax.Array, chunk: int) -> jax.Array:
@@ -154,9 +206,13 @@ def hutchinson(
         losses that cannot be differentiated twice).
       fd_step: the finite difference's step delta, in units of the parameters.
       scope: ``"joint"``: one probe over all layers, K products in all; the other layers' entries
-        add noise. ``"block"``: one layer at a time, K L products, no noise from the others.
+        add noise. ``"block"``: one layer at a time, no noise from the others: K L products, or up
+        to 8 layers K L second derivatives forward over forward, which together cost less than K
+        products where the layers are few.
       chunk_size: how many probes are vmapped at once; the others wait in a loop. Changes memory
-        and speed only. None: many for small models, one for large ones.
+        and speed only. None: one, the least memory and on a CPU the fastest; all of them if
+        ``value_fn`` has a convolution and JAX runs on a CPU, where XLA makes the derivatives of
+        convolutions slow in loops.
       has_aux: whether ``value_fn`` returns ``(value, aux)``.
 
     Returns:

@@ -178,14 +178,25 @@ def scalar_objective(
     return objective
 
 
-def check_twice_differentiable(objective: Callable[[PyTree], jax.Array], params: PyTree) -> None:
+def primitive_names(objective: Callable[[PyTree], jax.Array], params: PyTree) -> frozenset[str]:
+    """The names of all operations in ``objective``, found by one abstract evaluation."""
+    return _names(jax.make_jaxpr(objective)(params).jaxpr)
+
+
+def has_custom_vjp(primitives: frozenset[str]) -> bool:
+    """Whether there is a `jax.custom_vjp`, which has no forward derivative, among them."""
+    return any(name.startswith("custom_vjp") for name in primitives)
+
+
+def check_twice_differentiable(
+    objective: Callable[[PyTree], jax.Array], params: PyTree, primitives: frozenset[str]
+) -> None:
     """Raises `ValueError` if a `jax.custom_vjp` in ``objective`` has no second derivative.
 
     JAX finds that out when it compiles, far from here, so a loss that holds a `jax.custom_vjp` is
-    differentiated once more in the abstract; others cost one abstract evaluation.
+    differentiated once more in the abstract.
     """
-    names = _primitive_names(jax.make_jaxpr(objective)(params).jaxpr)
-    if not any(name.startswith("custom_vjp") for name in names):
+    if not has_custom_vjp(primitives):
         return
 
     def along_params(p: PyTree) -> PyTree:
@@ -194,9 +205,7 @@ def check_twice_differentiable(objective: Callable[[PyTree], jax.Array], params:
     cause: Exception | None = None
     try:
         # What is left of a custom_vjp that was to be differentiated forwards.
-        has_derivative = "custom_lin" not in _primitive_names(
-            jax.make_jaxpr(along_params)(params).jaxpr
-        )
+        has_derivative = "custom_lin" not in _names(jax.make_jaxpr(along_params)(params).jaxpr)
     except (TypeError, ValueError, NotImplementedError) as error:
         if "custom_vjp" not in str(error) and "JVP" not in str(error):
             raise
@@ -209,6 +218,6 @@ def check_twice_differentiable(objective: Callable[[PyTree], jax.Array], params:
         ) from cause
 
 
-def _primitive_names(jaxpr: Any) -> set[str]:
-    names = {eqn.primitive.name for eqn in jaxpr.eqns}
-    return names.union(*(_primitive_names(inner) for inner in jex.subjaxprs(jaxpr)))
+def _names(jaxpr: Any) -> frozenset[str]:
+    names = frozenset(eqn.primitive.name for eqn in jaxpr.eqns)
+    return names.union(*(_names(inner) for inner in jex.subjaxprs(jaxpr)))

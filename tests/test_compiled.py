@@ -1,0 +1,117 @@
+"""What the compiled step does not do: copy moments, evaluate twice, grow with the probes."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lama_optax import flipout, hutchinson, lama_adam, layer_curvature
+
+# optax.adam promotes implicitly.
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation")]
+
+# No other array of the step has one of these shapes.
+SHAPES = {"first": (24, 40), "second": (40, 56), "third": (56, 8)}
+BATCH = jnp.ones((16, 24))
+PARAMS = {name: {"kernel": jnp.full(shape, 0.1)} for name, shape in SHAPES.items()}
+
+
+def example_loss(params, x):
+    for name in SHAPES:
+        x = jnp.tanh(x @ params[name]["kernel"])
+    return jnp.mean(x**2)
+
+
+def value_fn(params):
+    return jnp.mean(jax.vmap(lambda x: example_loss(params, x))(BATCH))
+
+
+def compiled_step(tx):
+    tx = optax.with_extra_args_support(tx)
+
+    def step(params, state):
+        grads = jax.grad(value_fn)(params)
+        updates, state = tx.update(
+            *(grads, state, params),
+            value_fn=value_fn,
+            example_value_fn=example_loss,
+            batch=BATCH,
+        )
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1)).lower(PARAMS, tx.init(PARAMS)).compile()
+
+
+def count(compiled, operation):
+    return compiled.as_text().count(f" {operation}(")
+
+
+def copies(compiled):
+    """Shapes and operands of the copies outside all branches that are as large as a kernel."""
+    entry = compiled.as_text().split("\nENTRY ")[1]
+    kernels = "|".join(f"{m},{n}" for m, n in SHAPES.values())
+    found = re.findall(rf"f32\[({kernels})\]\S* copy\(%([^)]*)\)", entry)
+    return {(shape, operand.partition("__")[0]) for shape, operand in found}
+
+
+@pytest.mark.parametrize("estimator", [hutchinson(2), flipout()], ids=["hutchinson", "flipout"])
+def test_a_skipped_step_copies_no_moments(estimator):
+    """What leaves the `cond` is of length L, and nothing is copied for it."""
+    compiled = compiled_step(lama_adam(1e-3, estimator=estimator, update_interval=10))
+    results = re.findall(r" = (\([^=]*?\)) conditional\(", compiled.as_text())
+    assert len(results) == 1
+    sizes = [
+        int(np.prod([int(n) for n in shape.split(",")])) if shape else 1
+        for shape in re.findall(r"\w+\[([\d,]*)\]", results[0])
+    ]
+    assert sizes
+    assert max(sizes) <= len(SHAPES)
+    # XLA copies two donated kernels before it overwrites them; it does so for Adam too.
+    assert copies(compiled) <= copies(compiled_step(optax.adam(1e-3)))
+    assert {operand for _, operand in copies(compiled)} <= {"params"}
+
+
+def test_the_estimate_shares_the_gradients_evaluation():
+    """One program holds fewer products than the gradient's and the estimate's together."""
+    estimate = jax.jit(
+        lambda p: layer_curvature(p, 0, estimator=hutchinson(1), value_fn=value_fn).mean
+    )
+    alone = count(jax.jit(jax.grad(value_fn)).lower(PARAMS).compile(), "dot")
+    estimates = count(estimate.lower(PARAMS).compile(), "dot")
+    step = compiled_step(lama_adam(1e-3, estimator=hutchinson(1)))
+    # The forward pass of three layers, and the gradient's way back through two of them.
+    assert alone + estimates - count(step, "dot") == 5
+
+
+# In a loop "block" keeps all of the forward pass, which one probe's program need not: 1.6 times.
+@pytest.mark.parametrize(("scope", "few", "ratio"), [("joint", 1, 1.3), ("block", 2, 1.1)])
+def test_many_probes_need_the_memory_of_one(scope, few, ratio):
+    def temporaries(num_probes):
+        estimator = hutchinson(num_probes, scope=scope)
+        fn = jax.jit(lambda p: layer_curvature(p, 0, estimator=estimator, value_fn=value_fn))
+        return fn.lower(PARAMS).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(64) <= ratio * temporaries(few)
+
+
+def test_flipouts_block_estimate_needs_no_more_products_than_the_floor():
+    """Each layer's second derivative shares the forward pass and starts at its layer.
+
+    Three products forward, one with each probe, and the tangents after layers 1 and 2: two and
+    one of first order. tanh bends them, so that the second order adds as many: 3 + 3 + 3 + 3.
+    """
+    fn = jax.jit(
+        lambda p: (
+            layer_curvature(
+                p,
+                0,
+                estimator=flipout(scope="block"),
+                example_value_fn=example_loss,
+                batch=BATCH,
+            ).mean
+        )
+    )
+    assert count(fn.lower(PARAMS).compile(), "dot") == 12

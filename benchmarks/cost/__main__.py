@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ def _run(settings: CostSettings) -> None:
     from benchmarks.cost import _adahessian, _floor, _growth, _memory, _moons, _steps
     from benchmarks.cost._figures import draw_all
     from benchmarks.cost._report import report
+    from benchmarks.cost._summary import lines, summarize
     from benchmarks.workbench._environment import context
     from benchmarks.workbench._jobs import run_jobs
     from benchmarks.workbench._store import Store, save_json
@@ -61,7 +63,10 @@ def _run(settings: CostSettings) -> None:
         *_moons.jobs(common),
     ]
     outcomes = run_jobs(store, jobs, "benchmarks.cost")
-    summary, text = report(outcomes, models, settings.traces)
+    summary = summarize(outcomes, models, common.quick)
+    found = settings.traces / "results.json"
+    summary["lines"] = lines(summary, json.loads(found.read_text()) if found.exists() else None)
+    text = report(summary)
     save_json(common.results / "results.json", {"context": store.context, **summary})
     (common.results / "results.txt").write_text(text + "\n")
     draw_all(common.results, summary)

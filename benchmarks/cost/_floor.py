@@ -78,5 +78,6 @@ def _kind(product: Product) -> str:
 
 def floor_seconds(result: dict[str, Any], scope: str | None, probes: int, interval: int) -> float:
     """The floor of a step: no estimate, or ``probes`` of them at every ``interval``-th step."""
-    extra = 0.0 if scope is None else result["seconds"][scope]
-    return result["gradient"] + probes * extra / interval
+    if scope is None:
+        return result["gradient"]
+    return result["gradient"] + probes * result["seconds"][scope] / interval

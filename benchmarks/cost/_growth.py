@@ -27,13 +27,7 @@ SIZES: dict[str, tuple[int, ...]] = {
     "batch": (16, 64, 256, 1024, 4096),
     "devices": (1, 2, 4, 8),
 }
-QUICK_SIZES: dict[str, tuple[int, ...]] = {
-    "K": (1, 2),
-    "parameters": (1_000, 2_000),
-    "depth": (2, 3),
-    "batch": (4, 8),
-    "devices": (2,),
-}
+QUICK_SIZES: dict[str, tuple[int, ...]] = {"K": (1, 2)}
 
 
 def jobs(settings: Settings) -> Iterator[Job]:
@@ -44,12 +38,13 @@ def jobs(settings: Settings) -> Iterator[Job]:
             timing: dict[str, Any] = {"rounds": ROUNDS, "window": WINDOW, "seed": settings.seed}
             if settings.quick:
                 timing |= {"rounds": 1, "window": 0}
+            unit["contenders"] = contenders(axis, size, settings.quick)
             if axis == "devices":
                 measure: Callable[[], Any] = functools.partial(
-                    in_child, "growth", {"axis": axis, "size": size, **timing}, size
+                    in_child, "growth", {"unit": unit, **timing}, size
                 )
             else:
-                measure = functools.partial(times, axis, size, **timing)
+                measure = functools.partial(times, unit, **timing)
             yield Job({**unit, **timing}, measure)
 
 
@@ -66,8 +61,13 @@ def shape(axis: str, size: int) -> dict[str, Any]:
     return {"widths": (256, 256, 10), "batch": size if axis == "batch" else 256}
 
 
-def contenders(axis: str, size: int) -> dict[str, Estimator]:
-    """The estimators that are timed beside the gradient."""
+def contenders(axis: str, size: int, quick: bool) -> list[str]:
+    """The labels of the estimators that are timed beside the gradient."""
+    return list(estimators(axis, size))[:1] if quick else list(estimators(axis, size))
+
+
+def estimators(axis: str, size: int) -> dict[str, Estimator]:
+    """The estimators that are of interest along an axis."""
     if axis == "K":
         return {
             "hutchinson": hutchinson(size),
@@ -83,21 +83,22 @@ def contenders(axis: str, size: int) -> dict[str, Estimator]:
     return found
 
 
-def times(axis: str, size: int, rounds: int, window: float, seed: int) -> dict[str, list[float]]:
+def times(unit: dict[str, Any], rounds: int, window: float, seed: int) -> dict[str, list[float]]:
     """Seconds of a gradient and of each estimate, one entry a round."""
-    made = shape(axis, size)
+    axis, size, made = unit["axis"], unit["size"], unit["network"]
 
     def examples() -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng(seed)
         pictures = rng.normal(size=(made["batch"], 8, 8, 1)).astype(np.float32)
         return pictures, rng.integers(0, 10, made["batch"]).astype(np.int32)
 
-    task = Task("growth", "", MLP(made["widths"]), examples, "classes", made["batch"], 0)
+    task = Task("growth", "", MLP(tuple(made["widths"])), examples, "classes", made["batch"], 0)
     model = Model(task, task.init(), task.minibatch(0))
     if axis == "devices":
         model = _sharded(model, size)
     work = {GRADIENT: _compiled(model, None)}
-    work |= {label: _compiled(model, e) for label, e in contenders(axis, size).items()}
+    known = estimators(axis, size)
+    work |= {label: _compiled(model, known[label]) for label in unit["contenders"]}
     for call in work.values():
         call()
     return interleave({k: repeat(call) for k, call in work.items()}, rounds, window, seed)

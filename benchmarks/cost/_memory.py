@@ -73,7 +73,9 @@ def in_child(what: str, arguments: dict[str, Any], devices: int | None = None) -
     """Measures in a new process; with ``devices``, on so many virtual ones."""
     environment = dict(os.environ)
     if devices is not None:
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        flag = "--xla_force_host_platform_device_count"
+        others = [f for f in environment.get("XLA_FLAGS", "").split() if not f.startswith(flag)]
+        environment["XLA_FLAGS"] = " ".join([*others, f"{flag}={devices}"])
     command = [sys.executable, "-m", "benchmarks.cost._child", what, json.dumps(arguments)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if run.returncode:

@@ -19,15 +19,12 @@ TORCH_EPOCHS = 5
 def jobs(settings: Settings) -> Iterator[Job]:
     """Units of the section ``"moons"``."""
     if settings.quick:
-        sizes = {"seeds": 2, "epochs": 1, "blocks": 1}
-    else:
-        # 40 seeds are what a run of `make moons` trains at once.
-        sizes = {"seeds": 40, "epochs": MoonsSettings.epochs, "blocks": 3}
+        return
+    # 40 seeds are what a run of `make moons` trains at once.
+    sizes = {"seeds": 40, "epochs": MoonsSettings.epochs, "blocks": 3}
     child = functools.partial(in_child, "moons", sizes, available_cores())
     yield Job({"section": "moons", "what": "jax", **sizes}, child)
-    if not settings.quick:
-        unit = {"section": "moons", "what": "torch", "epochs": TORCH_EPOCHS}
-        yield Job(unit, torch_seconds)
+    yield Job({"section": "moons", "what": "torch", "epochs": TORCH_EPOCHS}, torch_seconds)
 
 
 def jax_seconds(seeds: int, epochs: int, blocks: int) -> dict[str, list[float]]:

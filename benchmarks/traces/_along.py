@@ -42,7 +42,7 @@ def length(name: str, quick: bool) -> Length:
     if quick:
         return Length(4, 2, 2, 1, 1, 1)
     if name == "transformer":
-        return Length(200, 10, 19, 47, 8, 1)
+        return Length(110, 10, 19, 47, 8, 1)
     return Length(300, 25, 19, 47, 5, 8)
 
 
@@ -56,6 +56,7 @@ def jobs(settings: Settings, models: Models) -> Iterator[Job]:
         for start in range(0, how.steps, how.chunk):
             unit = {"section": "along", "model": name, "task": describe(task), "start": start}
             unit |= how._asdict() | {"seed": settings.seed, "probes": PROBES}
+            del unit["steps"]  # a longer training begins with the same chunks
             yield Job(unit, functools.partial(training.chunk, start))
 
 
@@ -79,7 +80,10 @@ class _Training:
         adam = jax.jit(step).lower(params, self._state, model.batch).compile()
         single = compiled_estimate(model, hutchinson(1))
         per_example = compiled_estimate(model, flipout(1))
-        precise = compiled_estimate(model, flipout(self._how.truth_probes))
+        truth_probes = self._how.truth_probes
+        precise = (
+            compiled_estimate(model, flipout(truth_probes)) if truth_probes > 1 else per_example
+        )
         return adam, single, per_example, precise
 
     @functools.cached_property

@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 
-import jax
 import numpy as np
 from sklearn.datasets import load_digits, make_moons
 from sklearn.preprocessing import StandardScaler
@@ -33,8 +32,9 @@ def digits(side: int) -> Examples:
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
     if side != 8:
-        shape = (len(images), side, side, 1)
-        images = np.asarray(jax.image.resize(images, shape, "bilinear"))
+        at = np.clip((np.arange(side, dtype=np.float32) + 0.5) * 8 / side - 0.5, 0, 7)
+        weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(8, dtype=np.float32)))
+        images = np.einsum("ai,bj,nijc->nabc", weights, weights, images, optimize=True)
     return images, labels.astype(np.int32)
 
 

@@ -107,7 +107,8 @@ class Task:
         inputs = self.examples[0][:1]
         if self.loss == "tokens":
             inputs = inputs[:, :-1]
-        return self.network.init(jax.random.key(self.seed), jnp.asarray(inputs))
+        init = jax.jit(self.network.init)  # one program, not one for each operation
+        return init(jax.random.key(self.seed), jnp.asarray(inputs))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
+#: How often what they hold is run is not known from the program.
+LOOPS = ("scan", "while", "cond")
 
 
 class Source(NamedTuple):
@@ -66,10 +68,10 @@ def _walk(jaxpr: Any, sources: Sequence[Source], found: list[Product]) -> list[S
     for eqn in jaxpr.eqns:
         ins = [read(atom) for atom in eqn.invars]
         inner = _inner(eqn)
-        if len(inner) == 1 and len(inner[0].invars) == len(ins):
-            outs = _walk(inner[0], ins, found)
-        elif inner:
+        if eqn.primitive.name in LOOPS:
             raise NotImplementedError(f"products inside {eqn.primitive.name} are not counted")
+        if inner:
+            outs = _walk(inner[0], ins, found)
         else:
             if eqn.primitive.name in PRODUCTS:
                 found.append(_product(eqn, ins[0], ins[1]))

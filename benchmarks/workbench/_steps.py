@@ -22,20 +22,27 @@ GIVEN = "LAMA, curvature given"
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """An optimizer, how often it estimates curvature, and whether that is given to it instead."""
+    """An optimizer and what its step contains."""
 
     tx: optax.GradientTransformation
-    interval: int = 1
-    given: bool = False
+    interval: int = 1  # steps from one estimate to the next; 0: never
+    given: bool = False  # whether curvature is given to it, so that it makes no estimate
+    scope: str | None = None  # of its estimate: "joint" or "block"; None: not counted
+    num_probes: int = 0
+
+    @property
+    def gradient_only(self) -> bool:
+        """Whether the gradient is all that its step needs."""
+        return self.given or self.interval == 0
 
 
 def first_order() -> dict[str, Contender]:
     """Optimizers that need the gradient alone, and LAMA where it makes no estimate."""
     rate = LEARNING_RATE
     return {
-        ADAM: Contender(optax.adam(rate)),
-        "optax.amsgrad": Contender(optax.amsgrad(rate)),
-        "optax.radam": Contender(optax.radam(rate)),
+        ADAM: Contender(optax.adam(rate), 0),
+        "optax.amsgrad": Contender(optax.amsgrad(rate), 0),
+        "optax.radam": Contender(optax.radam(rate), 0),
         GIVEN: Contender(lama_adam(rate), given=True),
     }
 
@@ -61,14 +68,17 @@ def lama_label(estimator: str, interval: int) -> str:
 def with_curvature(intervals: tuple[int, ...] = (1, 10)) -> dict[str, Contender]:
     """Optimizers that estimate curvature, beside Adam; Sophia's own interval is 10."""
     rate = LEARNING_RATE
-    result = {ADAM: Contender(optax.adam(rate))}
+    result = {ADAM: Contender(optax.adam(rate), 0)}
     for interval in intervals:
         sophia = optax.contrib.sophia(rate, update_interval=interval)
         result[f"optax.contrib.sophia, every {interval}"] = Contender(sophia, interval)
     for label, estimator in ESTIMATORS.items():
         for interval in intervals:
             tx = lama_adam(rate, estimator=estimator, update_interval=interval)
-            result[lama_label(label, interval)] = Contender(tx, interval)
+            scope = "block" if label.endswith("block") else "joint"
+            probes = 10 if label.startswith("K=10") else 1
+            contender = Contender(tx, interval, scope=scope, num_probes=probes)
+            result[lama_label(label, interval)] = contender
     default = inspect.signature(lama_adam).parameters["update_interval"].default
     result["lama_adam as it comes"] = Contender(lama_adam(rate), default)
     return result
@@ -139,7 +149,7 @@ class Step:
 
     def visit(self) -> Visit:
         """For `interleave`: whole intervals, so that each estimate is paid by its steps."""
-        interval = self._contender.interval
+        interval = max(1, self._contender.interval)
 
         def visit(window: float) -> float:
             seconds, steps = 0.0, 0

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.moons._figures import BLUE, GREEN, ORANGE, PURPLE, SKY, STYLE, VERMILLION
 
+__all__ = ["BLUE", "COLORS", "MARKERS", "VERMILLION", "save_all"]
+
 #: In the order in which lines of one picture take them.
 COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "black")
 MARKERS = ("o", "s", "^", "D", "v", "P", "x")

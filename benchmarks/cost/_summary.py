@@ -1,0 +1,176 @@
+"""What the measurements say: ratios to Adam, distances to the floor, slopes, and the lines."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cost._adahessian import TORCH_ADAM
+from benchmarks.cost._floor import floor_seconds
+from benchmarks.cost._steps import groups
+from benchmarks.moons._settings import Settings as MoonsSettings
+from benchmarks.workbench._jobs import Models, Outcome
+from benchmarks.workbench._steps import ADAM, FLIPOUT, GIVEN, Contender, lama_label
+from benchmarks.workbench._timing import Spread, paired_ratio, slope
+
+#: At most: interval -> model -> step time over Adam's.
+STEP_TARGETS = {10: {"mlp": 1.15, "transformer": 1.20}, 1: {"mlp": 2.5, "transformer": 3.5}}
+GIVEN_TARGET, MEMORY_TARGET, MOONS_TARGET = 1.02, 1.3, 100.0
+MOONS_STEPS = MoonsSettings.epochs * math.ceil(
+    MoonsSettings.samples * (1 - MoonsSettings.test_share) / MoonsSettings.batch_size
+)
+
+
+def summarize(outcomes: Sequence[Outcome], models: Models, quick: bool) -> dict[str, Any]:
+    """Everything that the tables and pictures show, without the lines."""
+    found = _Found(outcomes)
+    return {
+        "models": {
+            name: {
+                "title": task.title,
+                "floor": found.one(section="floor", model=name),
+                "steps": _steps(found, name, quick),
+                "torch": _torch(found.one(section="torch", model=name)),
+                "probes": {
+                    str(unit["num_probes"]): result
+                    for unit, result in found.all(section="probes", model=name)
+                },
+                "resident": {
+                    unit["contender"]: result
+                    for unit, result in found.all(section="resident", model=name)
+                },
+            }
+            for name, task in models.tasks.items()
+        },
+        "growth": _growth(found),
+        "moons": _moons(found),
+    }
+
+
+class _Found:
+    """The results by what their units say."""
+
+    def __init__(self, outcomes: Sequence[Outcome]):
+        self._outcomes = outcomes
+
+    def all(self, **wanted: Any) -> list[Outcome]:
+        """The results whose units say all that is wanted."""
+        return [o for o in self._outcomes if all(o.unit.get(k) == v for k, v in wanted.items())]
+
+    def one(self, **wanted: Any) -> Any | None:
+        """The first of them, or None."""
+        return next((result for _, result in self.all(**wanted)), None)
+
+
+def _steps(found: _Found, name: str, quick: bool) -> dict[str, dict[str, Any]]:
+    """Of each group and contender: seconds, ratio to Adam, floor, memory."""
+    floor = found.one(section="floor", model=name)
+    result = {}
+    for group, (contenders, _) in groups(quick).items():
+        blocks = found.all(section="steps", model=name, group=group)
+        seconds = {c: [s for _, r in blocks for s in r[c]] for c in contenders}
+        temp = found.one(section="temp", model=name, group=group) or {}
+        result[group] = {
+            label: {
+                "seconds": Spread.of(seconds[label]),
+                "over_adam": paired_ratio(seconds, label, ADAM),
+                "rounds": len(seconds[label]),
+                "temp_bytes": temp[label],
+                "over_floor": _over_floor(floor, contender, seconds[label]),
+            }
+            for label, contender in contenders.items()
+        }
+    return result
+
+
+def _over_floor(floor: Any, contender: Contender, seconds: Sequence[float]) -> float | None:
+    if contender.scope is None and not contender.gradient_only:
+        return None
+    least = floor_seconds(floor, contender.scope, contender.num_probes, contender.interval)
+    return float(np.median(seconds)) / least
+
+
+def _torch(result: dict[str, Any] | None) -> dict[str, Any] | None:
+    if result is None or "missing" in result:
+        return result
+    return {
+        label: {"seconds": Spread.of(times), "over_adam": paired_ratio(result, label, TORCH_ADAM)}
+        for label, times in result.items()
+    }
+
+
+def _growth(found: _Found) -> dict[str, dict[str, Any]]:
+    """Of each axis and contender: sizes, median seconds, and the slope of the larger half."""
+    axes: dict[str, dict[str, Any]] = {}
+    for unit, result in found.all(section="growth"):
+        lines = axes.setdefault(unit["axis"], {})
+        for label, times in result.items():
+            line = lines.setdefault(label, {"sizes": [], "seconds": []})
+            line["sizes"].append(unit["size"])
+            line["seconds"].append(float(np.median(times)))
+    for lines in axes.values():
+        for line in lines.values():
+            larger = slice(-max(2, (len(line["sizes"]) + 1) // 2), None)
+            sizes, seconds = line["sizes"][larger], line["seconds"][larger]
+            line["slope"] = slope(sizes, seconds) if len(sizes) > 1 else None
+    return axes
+
+
+def _moons(found: _Found) -> dict[str, Any]:
+    """Seeds per second of each way to train the paper's experiment."""
+    ours, torch = (found.one(section="moons", what=what) for what in ("jax", "torch"))
+    result: dict[str, Any] = {"torch": torch}
+    for arm, times in (ours or {}).items():
+        result[arm] = {"seeds_per_second": 1 / (float(np.median(times)) * MOONS_STEPS)}
+    if torch is not None and "seconds" in torch:
+        per_second = 1 / (torch["seconds"] * MOONS_STEPS)
+        result["torch"] = torch | {"seeds_per_second": per_second}
+        for arm in ours or {}:
+            result[arm]["times_torch"] = result[arm]["seeds_per_second"] / per_second
+    return result
+
+
+def lines(summary: dict[str, Any], traces: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The table of what had to hold; a line that was not measured says what is missing."""
+    from_traces = {
+        measure: [line for line in (traces or {}).get("lines", []) if line["measure"] == measure]
+        for measure in ("standard error", "work", "telemetry")
+    }
+    missing = "run python -m benchmarks.traces first" if traces is None else "not measured"
+    result: list[dict[str, Any]] = []
+
+    def of_traces(measure: str) -> None:
+        absent = {"measure": measure, "model": "all", "how": missing}
+        result.extend(from_traces[measure] or [absent])
+
+    def at_most(measure: str, model: str, target: float, found: Any, how: str) -> None:
+        line = {"measure": measure, "model": model, "target": target, "how": how}
+        if found is not None:
+            line |= {"figure": found, "holds": found <= target}
+        result.append(line)
+
+    of_traces("standard error")
+    for interval, targets in STEP_TARGETS.items():
+        for model, target in targets.items():
+            label = lama_label(FLIPOUT, interval)
+            ratio = _ratio(summary, model, "curvature", label)
+            at_most(f"step, estimate every {interval}", model, target, ratio, label)
+    of_traces("work")
+    of_traces("telemetry")
+    for model in summary["models"]:
+        ratio = _ratio(summary, model, "first order", GIVEN)
+        at_most("step without an estimate", model, GIVEN_TARGET, ratio, GIVEN)
+    times = summary["moons"].get("lama", {}).get("times_torch")
+    line = {"measure": "seeds per second", "model": "moons", "target": MOONS_TARGET}
+    torch = summary["moons"]["torch"] or {}
+    how = "times PyTorch's, extrapolated from one seed and a few epochs"
+    line |= {"how": torch.get("missing", how)}
+    if times is not None:
+        line |= {"figure": times, "holds": times >= MOONS_TARGET}
+    return [*result, line]
+
+
+def _ratio(summary: dict[str, Any], model: str, group: str, label: str) -> float | None:
+    steps = summary["models"].get(model, {"steps": {}})["steps"].get(group, {})
+    return steps[label]["over_adam"].median if label in steps else None

@@ -1,0 +1,404 @@
+"""`python -m benchmarks.cost` and `benchmarks.traces`: end to end, and the parts that count."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+pytest.importorskip("flax")
+pytest.importorskip("sklearn")
+
+from flax import linen as nn
+
+import benchmarks.cost.__main__ as cost
+import benchmarks.traces.__main__ as traces
+from benchmarks.cost._growth import shape, times
+from benchmarks.cost._summary import lines
+from benchmarks.traces import _summary
+from benchmarks.traces._along import held
+from benchmarks.traces._measure import Sums
+from benchmarks.workbench import _data
+from benchmarks.workbench._jobs import Models, Settings
+from benchmarks.workbench._models import CNN, MLP, Model, Task, Transformer, tasks
+from benchmarks.workbench._products import (
+    block_products,
+    extra_products,
+    gradient_products,
+    joint_products,
+    products,
+)
+from benchmarks.workbench._steps import ADAM, Contender, Step
+from benchmarks.workbench._store import Store, plain
+from benchmarks.workbench._timing import Spread, interleave, paired_ratio, slope
+from benchmarks.workbench._training import trained
+from lama_optax import lama_scale
+
+# Flax and optax promote implicitly.
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation")]
+
+QUICK = ["--quick", "--models", "mlp"]
+
+
+@pytest.fixture(scope="module")
+def quick_traces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("traces")
+    assert traces.main([*QUICK, "--results", str(folder)]) == 0
+    return folder
+
+
+def test_traces_measure_and_report(quick_traces):
+    names = {path.name for path in quick_traces.iterdir()}
+    assert names == {
+        "along.png",
+        "measurements.jsonl",
+        "results.json",
+        "results.txt",
+        "trained",
+        "work.png",
+    }
+    text = (quick_traces / "results.txt").read_text()
+    for phrase in ("flipout block", "gradients", "telemetry", "state.curvature", "had to hold"):
+        assert phrase in text
+    results = json.loads((quick_traces / "results.json").read_text())
+    found = results["models"]["mlp"]["contenders"]["flipout joint"]
+    assert found["count"] == 6  # two blocks of three rounds
+    assert len(found["sd"]) == 2
+    assert {"jax", "lama_optax"} <= set(results["context"]["versions"])
+    assert str(quick_traces) not in json.dumps(results)
+
+
+def test_finished_traces_are_not_measured_again(quick_traces, monkeypatch):
+    before = (quick_traces / "measurements.jsonl").read_bytes()
+    monkeypatch.setattr(Sums, "visit", None)  # measuring would raise
+    assert traces.main([*QUICK, "--results", str(quick_traces)]) == 0
+    assert (quick_traces / "measurements.jsonl").read_bytes() == before
+
+
+def test_interrupted_run_keeps_what_was_finished(quick_traces, tmp_path, monkeypatch, capsys):
+    """Cut after two units and within the third: the same command measures that and no other."""
+    whole = (quick_traces / "measurements.jsonl").read_bytes().splitlines(keepends=True)
+    folder = tmp_path / "cut"
+    (folder / "trained").mkdir(parents=True)
+    trained_file = quick_traces / "trained" / "mlp.npz"
+    (folder / "trained" / "mlp.npz").write_bytes(trained_file.read_bytes())
+    kept = b"".join(whole[:2])
+    (folder / "measurements.jsonl").write_bytes(kept + whole[2][:40])
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.traces._along._Training.chunk", interrupted)
+        assert traces.main([*QUICK, "--results", str(folder)]) == 130
+    assert "goes on" in capsys.readouterr().err
+    assert (folder / "measurements.jsonl").read_bytes() == kept
+
+    assert traces.main([*QUICK, "--results", str(folder)]) == 0
+    again = (folder / "measurements.jsonl").read_bytes().splitlines(keepends=True)
+    # What follows measures estimates, not times: from the same seeds they are the same.
+    assert again == whole
+
+
+def test_cost_measures_and_reports(quick_traces, tmp_path, monkeypatch):
+    # The children, too, compile without LLVM's slow optimizations.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    folder = tmp_path / "cost"
+    options = [*QUICK, "--results", str(folder), "--traces", str(quick_traces)]
+    assert cost.main(options) == 0
+    names = {path.name for path in folder.iterdir()}
+    assert {"steps.png", "growth_k.png", "results.txt", "results.json"} <= names
+    text = (folder / "results.txt").read_text()
+    for phrase in (ADAM, "over floor", "K=64, MiB", "Resident", "slope", "What had to hold"):
+        assert phrase in text
+    results = json.loads((folder / "results.json").read_text())
+    steps = results["models"]["mlp"]["steps"]["first order"]
+    assert steps[ADAM]["over_adam"] == {"median": 1, "low": 1, "high": 1}
+    assert results["models"]["mlp"]["resident"][ADAM]["peak"] > 0
+    measures = {line["measure"] for line in results["lines"]}
+    assert {"standard error", "work", "telemetry", "step without an estimate"} <= measures
+
+    before = (folder / "measurements.jsonl").read_bytes()
+    monkeypatch.setattr(Step, "run", None)  # measuring would raise
+    assert cost.main(options) == 0
+    assert (folder / "measurements.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("main", [cost.main, traces.main])
+@pytest.mark.parametrize(
+    "options", [["--models", "mlp,alexnet"], ["--seed", "-1"], ["--results", __file__]]
+)
+def test_wrong_option_is_named(main, options, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(options)
+    assert ended.value.code == 2
+    assert f"argument {options[0]}: " in capsys.readouterr().err
+
+
+def test_lines_that_lack_traces_say_what_to_run():
+    summary = {"models": {}, "moons": {"torch": None}}
+    found = {line["measure"]: line for line in lines(summary, None)}
+    assert "benchmarks.traces" in found["work"]["how"]
+    assert "figure" not in found["seeds per second"]
+
+
+# The floor
+
+
+def _counts(network, *batch, loss="classes"):
+    """The products of a loss with their counts, by hand-sized networks."""
+    task = Task("test", "", network, lambda: batch, loss, len(batch[0]), 0)
+    params = jax.eval_shape(task.init)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    layers = ["/".join(entry.key for entry in path[1:-1]) for path, _ in leaves]
+    return products(task.loss_fn, layers, params, task.minibatch(0))
+
+
+def test_products_of_an_mlp_are_those_on_paper():
+    """Forward h W, and back ybar W^T and h^T ybar, the first layer without the former."""
+    pictures, labels = np.zeros((5, 2, 2, 1), np.float32), np.zeros(5, np.int32)
+    first, second, third = found = _counts(MLP((3, 6, 7)), pictures, labels)
+    assert [p.flops for p in found] == [2 * 5 * 4 * 3, 2 * 5 * 3 * 6, 2 * 5 * 6 * 7]
+    assert [gradient_products(p) for p in found] == [2, 3, 3]
+    # x V; then h V, hdot W, hdot V, ybardot W^T and ybar V^T.
+    assert [joint_products(p) for p in found] == [1, 5, 5]
+    # Perturbing layer l: h V in l, hdot W in the layers above it, nothing below.
+    by_layer = [[block_products(p, f"Dense_{i}") for p in (first, second, third)] for i in range(3)]
+    assert by_layer == [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
+    assert extra_products(found, "block", num_probes=10) == [10, 20, 30]
+    assert extra_products(found, "joint", num_probes=10) == [10, 50, 50]
+
+
+def test_products_of_a_convolution_count_its_window():
+    pictures, labels = np.zeros((5, 8, 8, 1), np.float32), np.zeros(5, np.int32)
+    first, second, dense = _counts(CNN((2, 3)), pictures, labels)
+    assert first.flops == 2 * 5 * 8 * 8 * 2 * (3 * 3 * 1)
+    assert second.flops == 2 * 5 * 4 * 4 * 3 * (3 * 3 * 2)
+    assert dense.flops == 2 * 5 * (4 * 4 * 3) * 10
+    assert [joint_products(p) for p in (first, second, dense)] == [1, 5, 5]
+
+
+def test_products_of_activations_are_those_of_attention():
+    """Query times key, weights times value: both operands are perturbed, each has a gradient."""
+    tokens = np.zeros((3, 5), np.int32)
+    found = _counts(Transformer(depth=1, width=4, heads=2), tokens, loss="tokens")
+    attention = [p for p in found if all(source.data for source in p.sources)]
+    assert len(attention) == 2
+    # ydot, abardot and bbardot: two each.
+    assert [(gradient_products(p), joint_products(p)) for p in attention] == [(3, 6)] * 2
+    # 3 sequences, 2 heads, 4 tokens each way, 2 channels.
+    assert [p.flops for p in attention] == [2 * 3 * 2 * 4 * 4 * 2] * 2
+    query = "MultiHeadDotProductAttention_0/query"
+    assert sorted(block_products(p, query) for p in attention) == [1, 1]
+
+
+def test_growth_is_measured_on_as_many_devices_as_it_says():
+    unit = {"axis": "devices", "size": 2, "network": {"widths": [4, 10], "batch": 6}}
+    seconds = times({**unit, "contenders": ["hutchinson"]}, rounds=2, window=0, seed=0)
+    assert set(seconds) == {"gradient", "hutchinson"}
+    assert all(len(found) == 2 and min(found) > 0 for found in seconds.values())
+
+
+def test_products_in_unknown_loops_are_not_passed_over():
+    class Loop(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param("w", nn.initializers.ones, (4, 4))
+            body = lambda h, _: (h @ w, None)  # noqa: E731
+            return jax.lax.scan(body, x.reshape(-1, 4), None, length=2)[0]
+
+    with pytest.raises(NotImplementedError, match="scan"):
+        _counts(Loop(), np.zeros((5, 2, 2, 1), np.float32), np.zeros(5, np.int32))
+
+
+# Timing, storing, averaging
+
+
+def test_contenders_take_turns():
+    calls = []
+
+    def visit(name, seconds):
+        def of_window(window):
+            calls.append((name, window))
+            return seconds * len(calls)  # a machine that slows down
+
+        return of_window
+
+    seconds = interleave({"a": visit("a", 1.0), "b": visit("b", 2.0)}, 50, 0.1, seed=3)
+    rounds = [tuple(name for name, _ in calls[i : i + 2]) for i in range(0, 100, 2)]
+    assert set(rounds) == {("a", "b"), ("b", "a")}
+    assert all(window == 0.1 for _, window in calls)
+    # Within a round the two differ by a call: after 100 calls a ratio is known to 2 %, of all
+    # rounds' medians to less.
+    assert abs(paired_ratio(seconds, "b", "a").median - 2) < 0.1
+    assert Spread.of([3, 1, 2]) == (2, 1, 3)
+
+
+def test_slope_is_the_exponent():
+    sizes = [1, 10, 100]
+    np.testing.assert_allclose(slope(sizes, [2 * s**1.5 for s in sizes]), 1.5)
+
+
+def test_store_measures_once_and_survives_a_cut(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    store = Store(path, {"versions": 1})
+    assert store.run({"n": 1}, lambda: {"x": np.float32(math.nan)}) == {"x": None}
+    assert store.run({"n": 2}, lambda: 5) == 5
+    with path.open("ab") as file:
+        file.write(b'{"id": "cut')
+    again = Store(path, {"versions": 1})
+    assert again.run({"n": 2}, lambda: 6) == 5
+    assert again.run({"n": 3}, lambda: 7) == 7
+    assert [json.loads(line)["unit"]["n"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    # Other versions, other numbers.
+    assert Store(path, {"versions": 2}).run({"n": 2}, lambda: 8) == 8
+
+
+def test_plain_numbers_have_six_digits():
+    assert plain({"a": (1 / 3, np.int64(2)), 3: Spread(1.0, math.inf, 2.0)}) == {
+        "a": [0.333333, 2],
+        "3": {"median": 1.0, "low": None, "high": 2.0},
+    }
+
+
+def test_running_sums_over_blocks_are_mean_and_variance():
+    rng = np.random.default_rng(0)
+    values = rng.normal(5, 1, (12, 3))
+    parts, at = [], iter(values)
+    for count in (5, 4, 3):
+        sums = Sums(iter(range(100)))
+        for _ in range(count):
+            sums.visit(lambda seed: next(at), 0)
+        parts.append(plain(sums.result()))
+    merged = _summary._merge(parts)
+    assert merged["count"] == 12
+    # Six digits are kept of each part.
+    np.testing.assert_allclose(merged["mean"], values.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(merged["squares"] / 11, values.var(axis=0, ddof=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_held_curvature_is_lama_scales(interval, decay):
+    estimates = np.random.default_rng(0).normal(size=(8, 1)).astype(np.float32)
+    at = iter([step for step in range(8) if step % interval == 0])
+
+    class Given:
+        """An estimator that returns what the experiment had measured."""
+
+        def estimate(self, key, params, layers, **extra_args):
+            mean = jnp.asarray(estimates[next(at)])
+            return type("Estimate", (), {"mean": mean})()
+
+    tx = lama_scale(estimator=Given(), update_interval=interval, curvature_decay=decay)
+    params = {"w": jnp.ones(2)}
+    state, seen = tx.init(params), []
+    with jax.disable_jit():
+        for _ in range(8):
+            _, state = tx.update(params, state, params)
+            seen.append(np.asarray(state.curvature))
+    # float32 against float64, eight steps.
+    np.testing.assert_allclose(held(estimates, interval, decay), seen, rtol=1e-5)
+
+
+# Models and data
+
+
+def test_tasks_are_what_the_tables_say():
+    sizes = {}
+    for name, task in tasks().items():
+        leaves = jax.tree.leaves(jax.eval_shape(task.init))
+        sizes[name] = sum(math.prod(leaf.shape) for leaf in leaves)
+    assert sizes["moons"] == 65
+    assert sizes["mlp"] == 784 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10
+    assert 1_000_000 < sizes["transformer"] < 1_100_000
+    for size in (1_000, 10_000_000):  # 64-w-w-10
+        width = shape("parameters", size)["widths"][0]
+        count = 64 * width + width * width + 10 * width + 2 * width + 10
+        assert abs(count / size - 1) < 0.05  # a whole number of units
+
+
+@pytest.mark.parametrize("loss", ["classes", "tokens"])
+def test_batch_loss_is_the_mean_of_the_examples(loss):
+    if loss == "classes":
+        task = Task("cnn", "", CNN((2, 3)), lambda: _data.digits(8), loss, 4, 0)
+    else:
+        network = Transformer(depth=1, width=8, heads=2)
+        task = Task("text", "", network, lambda: _data.characters(6), loss, 4, 0)
+    params, batch = task.init(), task.minibatch(0)
+    loss_fn = jax.jit(task.loss_fn)
+    each = [loss_fn(params, tuple(array[i] for array in batch)) for i in range(4)]
+    # float32, sums in another order.
+    np.testing.assert_allclose(loss_fn(params, batch), np.mean(each), rtol=1e-5)
+
+
+def test_data_are_what_they_are_said_to_be():
+    small, labels = _data.digits(8)
+    large, _ = _data.digits(28)
+    assert small.shape == (1797, 8, 8, 1)
+    assert large.shape == (1797, 28, 28, 1)
+    assert set(labels) == set(range(10))
+    # Bilinear weights sum to 1: the mean brightness stays, up to the pictures' edges.
+    np.testing.assert_allclose(large.mean(), small.mean(), rtol=0.05)
+    (tokens,) = _data.characters(16)
+    assert tokens.min() >= 0
+    assert tokens.max() < _data.NUM_TOKENS
+    np.testing.assert_array_equal(tokens[0, 16], tokens[1, 0])  # the one that follows
+
+
+def test_training_is_kept_and_used_again(tmp_path, monkeypatch):
+    task = tasks(quick=True)["mlp"]
+    first = trained(task, tmp_path)
+    assert not np.array_equal(jax.tree.leaves(first.params)[1], jax.tree.leaves(task.init())[1])
+    monkeypatch.setattr("benchmarks.workbench._training._train", None)  # training would raise
+    again = Models(Settings(tmp_path, ("mlp",), True, 0))
+    again.folder = tmp_path
+    jax.tree.map(np.testing.assert_array_equal, first.params, again["mlp"].params)
+
+
+def test_step_starts_anew_and_makes_whole_intervals():
+    task = tasks(quick=True)["mlp"]
+    model = Model(task, task.init(), task.minibatch(0))
+    seen = []
+    counting = optax.GradientTransformation(
+        lambda params: jnp.zeros((), jnp.int32),
+        lambda updates, state, params=None: (updates, state + 1),
+    )
+    step = Step(model, Contender(counting, interval=3))
+    run = step.run
+    step.run = lambda steps: seen.append(steps) or run(steps)
+    assert step.visit()(0) > 0
+    assert seen == [3]
+    # Donated buffers are copies: the model's own parameters are still there.
+    assert np.isfinite(float(model.value_fn(model.params)))
+
+
+def test_torch_models_have_the_same_loss_and_gradient():
+    torch = pytest.importorskip("torch")
+    from benchmarks.workbench._torch import TorchModel
+
+    small = {
+        "cnn": Task("cnn", "", CNN((2, 3)), lambda: _data.digits(8), "classes", 4, 0),
+        "text": Task(
+            "text",
+            "",
+            Transformer(depth=1, width=8, heads=2),
+            lambda: _data.characters(6),
+            "tokens",
+            4,
+            0,
+        ),
+    }
+    for task in [*tasks(quick=True).values(), *small.values()]:
+        model = Model(task, task.init(), task.minibatch(0))
+        theirs = TorchModel(model)  # raises unless the losses agree
+        grads = torch.autograd.grad(theirs.loss(), theirs.parameters)
+        ours = jax.tree.leaves(jax.grad(model.value_fn)(model.params))
+        for mine, other in zip(ours, grads, strict=True):
+            # float32: entries that cancel are small against the largest.
+            np.testing.assert_allclose(
+                mine, other.numpy(), atol=1e-5 * float(abs(mine).max()) + 1e-7
+            )

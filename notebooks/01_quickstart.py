@@ -102,7 +102,12 @@ def make_epoch(tx, batch_size=64):
 
 
 def train(sensitivity, epochs=50):
-    tx = lama_adam(learning_rate=1e-2, sensitivity=sensitivity, estimator=hutchinson(num_probes=10))
+    tx = lama_adam(
+        learning_rate=1e-2,
+        sensitivity=sensitivity,
+        estimator=hutchinson(num_probes=10),
+        update_interval=1,
+    )
     params, state = initial_params, tx.init(initial_params)
     epoch = make_epoch(tx)
     losses, reports = [], []

@@ -86,7 +86,7 @@ def test_the_estimate_is_that_of_the_whole_batch(x64):
 
 def test_a_training_run_is_that_of_the_whole_batch(x64):
     # A sensitivity that moves alpha from 1 by tenths.
-    tx = lama_adam(0.03, sensitivity=2.0, estimator=exact_trace())
+    tx = lama_adam(0.03, sensitivity=2.0, estimator=exact_trace(), update_interval=1)
 
     def run(make_value_fn, params, batch):
         def step(carry, i):
@@ -166,7 +166,7 @@ def counted_lama(**options):
         0.01,
         estimator=hutchinson(NUM_PROBES, chunk_size=1),
         key=jax.random.key(0, impl="rbg"),
-        **options,
+        **{"update_interval": 1} | options,
     )
 
 
@@ -232,9 +232,9 @@ def test_multi_steps_estimates_at_every_micro_step_and_keeps_the_last(counted):
     count = counter.of(functools.partial(train, lama=counted_lama()), params)
     assert count == NUM_MICRO * (gradient + NUM_PROBES * product)
 
-    _, state = jax.jit(functools.partial(train, lama=lama_adam(0.01, estimator=exact_trace())))(
-        params
-    )
+    _, state = jax.jit(
+        functools.partial(train, lama=lama_adam(0.01, estimator=exact_trace(), update_interval=1))
+    )(params)
     (found,) = (
         s
         for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, LamaState))

@@ -178,7 +178,7 @@ def test_the_state_is_plain_numeric_arrays(key):
     def value_fn(p):
         return jnp.sum(p["w"] ** 2) + jnp.sum(p["half"].astype(jnp.float32) ** 2)
 
-    adam = lama_adam(1e-2, key=KEYS[key]())
+    adam = lama_adam(1e-2, key=KEYS[key](), update_interval=1)
     for tx in (adam, lam(1e-2), optax.chain(optax.clip(1.0), adam)):
         state = tx.init(params)
         grads = jax.grad(value_fn)(params)
@@ -194,7 +194,7 @@ def test_the_state_is_plain_numeric_arrays(key):
 @pytest.mark.parametrize("key", KEYS)
 def test_saved_and_restored_state_goes_on_to_the_bit(key, tmp_path):
     """Every kind of key, in one process; ``rbg`` keys have other data than the default's."""
-    tx = lama_adam(1e-2, sensitivity=3.0, key=KEYS[key]())
+    tx = lama_adam(1e-2, sensitivity=3.0, key=KEYS[key](), update_interval=1)
     params = {"w": jnp.asarray([0.5, -1.0, 2.0]), "v": jnp.asarray([[1.0, 0.2]])}
 
     def value_fn(p):

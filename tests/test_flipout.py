@@ -205,7 +205,7 @@ def test_variance_falls_with_the_batch_where_examples_are_alike():
 
 def test_trains_inside_an_optimizer():
     params, loss, batch, _ = mlp()
-    tx = lama_adam(1e-2, estimator=flipout(), sensitivity=1.0)
+    tx = lama_adam(1e-2, estimator=flipout(), sensitivity=1.0, update_interval=1)
     state = tx.init(params)
     value_fn = lambda p: jnp.mean(jax.vmap(lambda e: loss(p, e))(batch))  # noqa: E731
 

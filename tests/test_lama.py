@@ -141,7 +141,7 @@ def test_schedule_and_weight_decay_of_lama_adam(x64):
 
     options = {"sensitivity": 10.0, "weight_decay": 0.1, "max_momentum": 0.99}
     history = reference.lama(problem, STEPS, lambda t: max(0.1 - 0.09 * t / 20, 0.01), **options)
-    tx = lama_adam(schedule, estimator=exact_trace(), **options)
+    tx = lama_adam(schedule, estimator=exact_trace(), **options, update_interval=1)
     params, (state, *_) = train(tx, problem.params, lambda p: loss(p, problem), STEPS)
     assert_follows(history, params, state)
 
@@ -149,7 +149,7 @@ def test_schedule_and_weight_decay_of_lama_adam(x64):
 def test_weight_decay_mask_of_lama_adam():
     kernels = jax.tree.map(lambda p: p.ndim > 1, PARAMS)
     plain, masked, full = (
-        lama_adam(0.5, **options)
+        lama_adam(0.5, **options, update_interval=1)
         for options in ({}, {"weight_decay": 0.25, "mask": kernels}, {"weight_decay": 0.25})
     )
     plain, masked, full = (
@@ -364,7 +364,7 @@ def test_resumed_run_is_equal_to_the_bit():
     problem = reference.make_problem(1)
     problem = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), problem)
     value_fn = functools.partial(loss, problem=problem)
-    tx = lama_adam(0.05, sensitivity=5.0, estimator=hutchinson(2), key=1)
+    tx = lama_adam(0.05, sensitivity=5.0, estimator=hutchinson(2), key=1, update_interval=1)
 
     @jax.jit
     def step(params, state):

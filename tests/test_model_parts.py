@@ -228,7 +228,7 @@ def test_another_dropout_key_is_another_curvature(x64):
 
 def test_unused_rows_of_an_embedding_stay(x64):
     part = embedding(0)
-    tx = lama_adam(0.1, sensitivity=1.0, estimator=exact_trace())
+    tx = lama_adam(0.1, sensitivity=1.0, estimator=exact_trace(), update_interval=1)
 
     @jax.jit
     def step(params, state):
@@ -264,7 +264,7 @@ def frozen_by_masks(tx):
 @pytest.mark.parametrize("freeze", [frozen_by_partition, frozen_by_masks])
 def test_frozen_leaves_stay_and_the_others_get_their_own_curvature(x64, freeze):
     part = rnn(0)
-    tx = freeze(lama_adam(0.03, sensitivity=1.0))
+    tx = freeze(lama_adam(0.03, sensitivity=1.0, update_interval=1))
 
     def step(carry, _):
         params, state = carry
@@ -343,7 +343,7 @@ def test_every_estimator_names_both_remedies(estimator, activation, scanned):
 def test_custom_vjp_without_jvp_names_both_remedies(jitted):
     params, value_fn, *_ = with_activation(tanh_without_jvp, seed=0)
     params = optax.tree.cast(params, jnp.float32)
-    tx = lama_adam(0.1)
+    tx = lama_adam(0.1, update_interval=1)
     update = functools.partial(tx.update, value_fn=value_fn)
     with pytest.raises(ValueError, match="cannot be differentiated twice") as error:
         (jax.jit(update) if jitted else update)(params, tx.init(params), params)
@@ -379,7 +379,7 @@ def test_finite_differences_do_work_there(x64):
 def test_a_separate_value_fn_does_work_there(x64):
     """The gradient of the fused operation, the curvature of its plain form."""
     part = with_activation(tanh_without_jvp, seed=0)
-    tx = lama_adam(0.03, sensitivity=1.0, estimator=exact_trace())
+    tx = lama_adam(0.03, sensitivity=1.0, estimator=exact_trace(), update_interval=1)
     params = part.params
 
     @jax.jit

@@ -35,7 +35,12 @@ def own_kernel(tmp_path, monkeypatch):
 
 
 def test_the_notebooks_are_here():
-    names = {"01_quickstart", "02_exact_vs_finite_differences", "03_trainers"}
+    names = {
+        "01_quickstart",
+        "02_exact_vs_finite_differences",
+        "03_trainers",
+        "04_stability",
+    }
     assert names <= {path.stem for path in SOURCES}
     assert names <= {path.stem for path in STORED}
 

@@ -27,7 +27,7 @@ from lama_optax import (
 # The exact trace compiles in a third of the time that random probes take.
 LAMA = {
     "lama_scale": functools.partial(lama_scale, estimator=exact_trace()),
-    "lama_adam": functools.partial(lama_adam, 1e-2, estimator=exact_trace()),
+    "lama_adam": functools.partial(lama_adam, 1e-2, estimator=exact_trace(), update_interval=1),
 }
 LAM = {
     "lam_scale-weight": lam_scale,
@@ -260,7 +260,11 @@ LAM_NUMBERS = {"decay": 0.5, "eps": 1.0, "learning_rate": 0.5}
     ("factory", "numbers", "static"),
     [
         # A curvature that moves alpha, but not to where the default cap hides alpha's limits.
-        (lama_adam, LAMA_NUMBERS, {"sensitivity": 0.02, "estimator": exact_trace()}),
+        (
+            lama_adam,
+            LAMA_NUMBERS,
+            {"sensitivity": 0.02, "estimator": exact_trace(), "update_interval": 1},
+        ),
         (lam, LAM_NUMBERS, {}),
         (lam, LAM_NUMBERS, {"granularity": "layer"}),
     ],

@@ -88,7 +88,7 @@ def test_value_fn_that_returns_half_precision(dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed"])
 def test_training_with_parameters_in_half_precision(dtype):
     params, loss = in_dtype(dtype)
-    tx = lama_adam(0.03, sensitivity=1.0, estimator=exact_trace())
+    tx = lama_adam(0.03, sensitivity=1.0, estimator=exact_trace(), update_interval=1)
 
     def step(carry, _):
         params, state = carry
@@ -120,7 +120,7 @@ def test_static_loss_scaling_by_hand(dtype):
 
     def run(scale, value_scale):
         sensitivity = 4.0 / (unit * value_scale)
-        tx = lama_adam(0.03, sensitivity=sensitivity, estimator=exact_trace())
+        tx = lama_adam(0.03, sensitivity=sensitivity, estimator=exact_trace(), update_interval=1)
 
         def in_units(scale):
             return lambda p: loss(p).astype(jnp.float32) * (unit * scale)
@@ -248,7 +248,7 @@ def test_complex_parameters_train_split_and_bound():
             lambda z: z.real + 1j * z.imaginary, split, is_leaf=lambda z: hasattr(z, "imaginary")
         )
 
-    lama = lama_adam(0.1, sensitivity=-1.0, estimator=exact_trace())
+    lama = lama_adam(0.1, sensitivity=-1.0, estimator=exact_trace(), update_interval=1)
     bound = optax.GradientTransformation(
         lama.init, functools.partial(lama.update, value_fn=lambda s: complex_loss(merge(s)))
     )

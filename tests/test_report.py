@@ -38,7 +38,10 @@ def alpha_of(mean, sensitivity):
 # How deep the state lies, and the sensitivity of each layer that is in the report.
 WRAPPED = {
     "alone": (lambda: lama_scale(sensitivity=0.1), {"Dense_0": 0.1, "Dense_1": 0.1}),
-    "alias": (lambda: lama_adam(0.1, sensitivity=0.1), {"Dense_0": 0.1, "Dense_1": 0.1}),
+    "alias": (
+        lambda: lama_adam(0.1, sensitivity=0.1, update_interval=1),
+        {"Dense_0": 0.1, "Dense_1": 0.1},
+    ),
     "chain": (
         lambda: optax.chain(
             optax.clip(1.0), optax.chain(lama_scale(sensitivity=0.1)), optax.scale(-1.0)

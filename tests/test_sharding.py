@@ -29,7 +29,7 @@ STEPS = 20
 TOLERANCE = 1e-6
 PROBES_DRAWN = 4
 
-adapted = functools.partial(lama_adam, 1e-2, sensitivity=3.0)
+adapted = functools.partial(lama_adam, 1e-2, sensitivity=3.0, update_interval=1)
 OPTIMIZERS = {
     "joint": functools.partial(adapted, estimator=hutchinson(PROBES_DRAWN)),
     "block": functools.partial(adapted, estimator=hutchinson(2, scope="block", probe="sphere")),

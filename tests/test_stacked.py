@@ -200,7 +200,7 @@ CASES = {"lax.scan": by_hand, "nn.scan": linen, "nnx.vmap": nnx_vmap}
 
 
 def train(params, loss_fn, layers, steps=12):
-    tx = lama_adam(0.03, sensitivity=1.0, estimator=exact_trace(), layers=layers)
+    tx = lama_adam(0.03, sensitivity=1.0, estimator=exact_trace(), layers=layers, update_interval=1)
 
     def step(carry, _):
         params, state = carry

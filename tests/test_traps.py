@@ -46,7 +46,7 @@ def sophia(**options):
 
 
 def test_map_params_finds_the_moments_and_nothing_else():
-    tx = lama_adam(0.1)
+    tx = lama_adam(0.1, update_interval=1)
     marked = optax.tree.map_params(tx, lambda _: "p", tx.init(PARAMS))
     (state,) = (s for s in marked if isinstance(s, LamaState))
     assert state.mu == state.nu == {"a": {"w": "p"}, "b": {"w": "p"}}
@@ -76,7 +76,7 @@ def test_infinite_curvature_poisons_nothing():
     params = {"w": jnp.asarray([1.0, -1.0])}
     grads = jax.grad(kinked)(params)
     assert np.isfinite(grads["w"]).all()
-    tx = optax.apply_if_finite(lama_adam(0.1, key=KEY), max_consecutive_errors=3)
+    tx = optax.apply_if_finite(lama_adam(0.1, key=KEY, update_interval=1), max_consecutive_errors=3)
     step = jax.jit(tx.update, static_argnames="value_fn")
     updates, state = step(grads, tx.init(params), params, value_fn=kinked)
     assert np.isfinite(updates["w"]).all()
@@ -159,7 +159,7 @@ def test_partition_crashes_inside_the_users_loss_in_sophia():
 def probes_as_an_argument(learning_rate, num_probes):
     """An optimizer as optax PR 1604 has it: the count is an argument of the factory."""
     estimator = hutchinson(num_probes=num_probes)
-    return lama_adam(learning_rate, estimator=estimator, key=KEY)
+    return lama_adam(learning_rate, estimator=estimator, key=KEY, update_interval=1)
 
 
 @pytest.mark.standard_promotion
@@ -336,7 +336,7 @@ def test_has_aux_in_sophia():
 def test_train_state():
     from lama_optax.flax import TrainState
 
-    tx = lama_adam(0.1, estimator=exact_trace())
+    tx = lama_adam(0.1, estimator=exact_trace(), update_interval=1)
     state = TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
     step = jax.jit(lambda s: s.apply_gradients(grads=jax.grad(loss)(s.params), value_fn=loss))
     state = step(state)

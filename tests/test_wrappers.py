@@ -35,7 +35,9 @@ KERNELS = {name: {"kernel": True, "bias": False} for name in LAYERS}
 # Two float32 programs that sum some 100 products in another order; curvature is of size 0.1.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
-lama = functools.partial(lama_adam, 0.03, estimator=exact_trace(), sensitivity=1.0)
+lama = functools.partial(
+    lama_adam, 0.03, estimator=exact_trace(), sensitivity=1.0, update_interval=1
+)
 scale = functools.partial(lama_scale, estimator=exact_trace(), sensitivity=1.0)
 
 
@@ -107,6 +109,7 @@ WRAPPERS = {
         learning_rate=optax.linear_schedule(0.05, 0.02, 40),
         sensitivity=optax.linear_schedule(1.0, 0.5, 40),
         estimator=exact_trace(),
+        update_interval=1,
     ),
     "reduce_on_plateau": lambda: optax.chain(
         lama(), optax.contrib.reduce_on_plateau(factor=0.5, patience=5)
@@ -199,7 +202,7 @@ def test_curvature_of_one_scalar_a_module_beside_a_hidden_one():
 def test_worked_example_lama_for_one_group_and_adam_for_the_other():
     """The body of a network by LAMA-Adam, its head by Adam, each at a rate of its own."""
     tx = optax.partition(
-        {"body": lama_adam(0.03, sensitivity=1.0), "head": optax.adam(0.01)},
+        {"body": lama_adam(0.03, sensitivity=1.0, update_interval=1), "head": optax.adam(0.01)},
         {"Dense_0": "body", "Dense_1": "head"},
     )
 

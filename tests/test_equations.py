@@ -44,7 +44,7 @@ def test_reference_gradient_and_traces_are_those_of_jax(seed):
 
     for layer, trace in reference.traces(problem.params, problem).items():
         flat, unravel = jax.flatten_util.ravel_pytree(problem.params[layer])
-        hessian = jax.hessian(lambda w: loss({**problem.params, layer: unravel(w)}))(flat)  # noqa: B023
+        hessian = jax.hessian(lambda w: loss({**problem.params, layer: unravel(w)}))(flat)  # noqa: B023 - called at once
         np.testing.assert_allclose(trace, np.trace(hessian), **tight)
 
 

@@ -15,6 +15,11 @@ pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_comp
 NUM_ESTIMATES = 2000
 
 
+def _mean(loss, batch):
+    """The loss over the batch from that of one example."""
+    return lambda p: jnp.mean(jax.vmap(lambda example: loss(p, example))(batch))
+
+
 def _normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
@@ -44,7 +49,10 @@ class _Convolutions(nn.Module):
 def cnn():
     model, images = _Convolutions(), _normal(1, 10, 6, 6, 2)
     params = model.init(jax.random.key(0), images[0])
-    loss = lambda p, example: jnp.sum((model.apply(p, example[0]) - example[1]) ** 2)  # noqa: E731
+
+    def loss(p, example):
+        return jnp.sum((model.apply(p, example[0]) - example[1]) ** 2)
+
     return params, loss, (images, _normal(2, 10, 3)), "module"
 
 
@@ -99,7 +107,9 @@ def stacked_scan():
     }
 
     def loss(p, x):
-        step = lambda h, block: (jnp.tanh(h @ block["w"] + block["b"]), None)  # noqa: E731
+        def step(h, block):
+            return jnp.tanh(h @ block["w"] + block["b"]), None
+
         h, _ = jax.lax.scan(step, x, p["blocks"])
         return jnp.sum((h @ p["out"]["w"]) ** 2)
 
@@ -146,8 +156,9 @@ def _estimates(model, estimator, num_estimates=NUM_ESTIMATES):
         )
 
     estimates = run(jax.random.split(jax.random.key(17), num_estimates))
-    value_fn = lambda p: jnp.mean(jax.vmap(lambda example: loss(p, example))(batch))  # noqa: E731
-    exact = layer_curvature(params, 0, estimator=exact_trace(), layers=layers, value_fn=value_fn)
+    exact = layer_curvature(
+        params, 0, estimator=exact_trace(), layers=layers, value_fn=_mean(loss, batch)
+    )
     assert exact.mean.shape == (len(layer_names(params, layers)),)
     return np.asarray(estimates.mean), np.asarray(estimates.std_error), np.asarray(exact.mean)
 
@@ -207,7 +218,7 @@ def test_trains_inside_an_optimizer():
     params, loss, batch, _ = mlp()
     tx = lama_adam(1e-2, estimator=flipout(), sensitivity=1.0, update_interval=1)
     state = tx.init(params)
-    value_fn = lambda p: jnp.mean(jax.vmap(lambda e: loss(p, e))(batch))  # noqa: E731
+    value_fn = _mean(loss, batch)
 
     @jax.jit
     def step(params, state):

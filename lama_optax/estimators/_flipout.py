@@ -19,7 +19,8 @@ import optax
 from lama_optax._equations import average_curvature
 from lama_optax._layers import Layers
 from lama_optax._numbers import check_count, check_word
-from lama_optax._perturb import DropSigns, Perturbed, Signs, added, evaluate, shifted
+from lama_optax._perturb import evaluate
+from lama_optax._perturbed import DropSigns, Perturbed, Signs, added, shifted
 from lama_optax._probes import signs
 from lama_optax.estimators._protocol import LayerCurvature, scalar_objective
 

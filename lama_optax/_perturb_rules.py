@@ -1,0 +1,205 @@
+"""How a perturbed weight passes through one operation: products that use it, and changes of shape.
+
+In a product with an activation h the signs move to the activation and the result,
+
+    h (W + t s V) = h W + t ((h * s_in) V) * s_out        (Flipout, Wen et al. 2018)
+
+A rule returns None where it does not apply, and raises `DropSigns` where the weight could be
+followed if some of its axes had no signs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lama_optax._perturbed import DropSigns, Perturbed, Signs, Value, along, formed
+
+
+def _product(
+    weight: Perturbed,
+    activation: jax.Array,
+    multiply: Callable[[jax.Array, jax.Array], jax.Array],
+    to_activation: dict[int, int],
+    to_output: dict[int, int],
+) -> list[jax.Array] | None:
+    """``h W + t ((h * s_in) V) * s_out`` for any product that is linear in both.
+
+    ``to_activation`` and ``to_output`` say which axis of the activation or of the output an
+    axis of the weight meets.
+    """
+    if weight.scale.ndim:
+        return None
+    signed = activation
+    outer: list[Signs] = []
+    for group in weight.signs:
+        if all(axis in to_activation for axis in group.axes):
+            axes = [to_activation[axis] for axis in group.axes]
+            signed = signed * along(group.values, axes, activation.ndim).astype(signed.dtype)
+        elif all(axis in to_output for axis in group.axes):
+            outer.append(group)
+        else:
+            raise DropSigns(weight, [group])
+    out = multiply(activation, weight.value)
+    perturbation = multiply(signed, weight.probe)
+    for group in outer:
+        axes = [to_output[axis] for axis in group.axes]
+        perturbation *= along(group.values, axes, out.ndim).astype(out.dtype)
+    return [weight.add(out, weight.scale.astype(out.dtype), perturbation)]
+
+
+def _dot_general(params: dict[str, Any], lhs: Value, rhs: Value) -> list[jax.Array] | None:
+    if isinstance(lhs, Perturbed) and isinstance(rhs, Perturbed):
+        lhs = formed(lhs)
+    side = 0 if isinstance(lhs, Perturbed) else 1
+    weight, activation = (lhs, rhs) if side == 0 else (rhs, lhs)
+    assert isinstance(weight, Perturbed)
+    assert not isinstance(activation, Perturbed)
+    (contract, batch) = params["dimension_numbers"]
+    w_met = (*contract[side], *batch[side])
+    h_met = (*contract[1 - side], *batch[1 - side])
+    free = [axis for axis in range(weight.value.ndim) if axis not in w_met]
+    before = len(batch[0]) + (0 if side == 0 else activation.ndim - len(h_met))
+
+    def multiply(h: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.dot_general_p.bind(*((w, h) if side == 0 else (h, w)), **params)
+
+    return _product(
+        weight,
+        activation,
+        multiply,
+        dict(zip(w_met, h_met, strict=True)),
+        {axis: before + i for i, axis in enumerate(free)},
+    )
+
+
+def _conv(params: dict[str, Any], lhs: Value, rhs: Value) -> list[jax.Array] | None:
+    groups = params["feature_group_count"], params["batch_group_count"]
+    if isinstance(lhs, Perturbed) or not isinstance(rhs, Perturbed) or groups != (1, 1):
+        return None
+    spec = params["dimension_numbers"]
+    return _product(
+        rhs,
+        lhs,
+        lambda h, w: jax.lax.conv_general_dilated_p.bind(h, w, **params),
+        {spec.rhs_spec[1]: spec.lhs_spec[1]},
+        {spec.rhs_spec[0]: spec.out_spec[1]},
+    )
+
+
+def _gather(params: dict[str, Any], operand: Value, indices: Value) -> list[jax.Array] | None:
+    """Embedding look-ups: whole rows, so that signs along a row's axes stay on the result."""
+    if isinstance(indices, Perturbed) or not isinstance(operand, Perturbed) or operand.scale.ndim:
+        return None
+    numbers = params["dimension_numbers"]
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    rest = [axis for axis in range(operand.value.ndim) if axis not in gone]
+    whole = {
+        axis: numbers.offset_dims[i]
+        for i, axis in enumerate(rest)
+        if params["slice_sizes"][axis] == operand.value.shape[axis]
+    }
+    return _product(operand, indices, lambda i, w: jax.lax.gather_p.bind(w, i, **params), {}, whole)
+
+
+def _restructured(
+    weight: Perturbed,
+    change: Callable[[jax.Array], jax.Array],
+    signs: Sequence[Signs] | None = None,
+) -> list[Value]:
+    new_signs = weight.signs if signs is None else tuple(signs)
+    return [
+        weight._replace(value=change(weight.value), probe=change(weight.probe), signs=new_signs)
+    ]
+
+
+def _convert(params: dict[str, Any], weight: Perturbed) -> list[Value]:
+    return _restructured(weight, lambda x: x.astype(params["new_dtype"]))
+
+
+def _transpose(params: dict[str, Any], weight: Perturbed) -> list[Value] | None:
+    if weight.scale.ndim:
+        return None
+    permutation = params["permutation"]
+    signs = [
+        group._replace(axes=tuple(permutation.index(axis) for axis in group.axes))
+        for group in weight.signs
+    ]
+    return _restructured(weight, lambda x: jnp.transpose(x, permutation), signs)
+
+
+def _slice(params: dict[str, Any], weight: Perturbed) -> list[Value] | None:
+    if weight.scale.ndim:
+        return None
+    strides = params["strides"] or (1,) * weight.value.ndim
+    window = [
+        slice(*s)
+        for s in zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    ]
+    signs = [
+        group._replace(values=group.values[tuple(window[axis] for axis in group.axes)])
+        for group in weight.signs
+    ]
+    return _restructured(weight, lambda x: x[tuple(window)], signs)
+
+
+def _reshape(params: dict[str, Any], weight: Perturbed) -> list[Value] | None:
+    """Follows the signs through merged and split axes; squeezed and new axes are cases of it."""
+    if weight.scale.ndim or params.get("dimensions") is not None:
+        return None
+    old, new = weight.value.shape, tuple(params["new_sizes"])
+    signs = []
+    for old_axes, new_axes in _segments(old, new):
+        groups = [group for group in weight.signs if set(group.axes) & set(old_axes)]
+        if not groups:
+            continue
+        if any(not set(group.axes) <= set(old_axes) for group in groups):
+            raise DropSigns(weight, groups)
+        values = jnp.ones([old[axis] for axis in old_axes], groups[0].values.dtype)
+        for group in groups:
+            axes = [old_axes.index(axis) for axis in group.axes]
+            values = values * along(group.values, axes, len(old_axes))
+        origins = frozenset[int]().union(*(group.origins for group in groups))
+        shape = [new[axis] for axis in new_axes]
+        signs.append(Signs(origins, tuple(new_axes), values.reshape(shape)))
+    return _restructured(weight, lambda x: x.reshape(new), signs)
+
+
+def _segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Splits two shapes of equal size into the shortest runs of axes of equal size."""
+    segments = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        old_axes: list[int] = []
+        new_axes: list[int] = []
+        m = n = 1
+        while True:
+            if i < len(old) and (m < n or not old_axes):
+                m, i = m * old[i], i + 1
+                old_axes.append(i - 1)
+            elif j < len(new) and (n < m or not new_axes):
+                n, j = n * new[j], j + 1
+                new_axes.append(j - 1)
+            if m == n and (old_axes or i == len(old)) and (new_axes or j == len(new)):
+                break
+        segments.append((old_axes, new_axes))
+    return segments
+
+
+def _squeeze(params: dict[str, Any], weight: Perturbed) -> list[Value] | None:
+    gone = {axis % weight.value.ndim for axis in params["dimensions"]}
+    new = [n for axis, n in enumerate(weight.value.shape) if axis not in gone]
+    return _reshape({"new_sizes": new}, weight)
+
+
+RULES: dict[str, Callable[..., Any]] = {
+    "dot_general": _dot_general,
+    "conv_general_dilated": _conv,
+    "gather": _gather,
+    "convert_element_type": _convert,
+    "transpose": _transpose,
+    "slice": _slice,
+    "reshape": _reshape,
+    "squeeze": _squeeze,
+}

@@ -1,0 +1,108 @@
+"""A weight that is perturbed by ``t s V``: a scale, a sign for each example, one shared probe.
+
+The signs s of an example are the outer product of one sign vector for each of the weight's axes, so
+that they can be followed through reshapes and moved to what the weight is multiplied with.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+# Up to this size a weight is perturbed for each example itself where no rule applies.
+_SMALL = 4096
+
+
+class Signs(NamedTuple):
+    """Signs that vary along some axes of a weight and are constant along the others."""
+
+    origins: frozenset[int]  # axes of the leaf that the signs were drawn for
+    axes: tuple[int, ...]  # axes of the weight as it is now
+    values: jax.Array  # one dimension for each of `axes`
+
+
+class Perturbed(NamedTuple):
+    """A weight ``value + scale * signs * probe``."""
+
+    leaf: int  # number among the flattened parameters
+    value: jax.Array
+    probe: jax.Array  # shape and dtype of value
+    scale: jax.Array  # t; a scalar, or shape=(depth, 1, ...) for stacked layers
+    signs: tuple[Signs, ...]  # their axes are disjoint
+    add: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # `added` or `shifted`
+
+
+class DropSigns(Exception):
+    """A use cannot carry the signs that were drawn for some axes of a leaf."""
+
+    def __init__(self, weight: Perturbed, signs: Sequence[Signs]):
+        """Names the leaf and the axes of it whose signs must go."""
+        self.leaf = weight.leaf
+        self.origins = frozenset[int]().union(*(group.origins for group in signs))
+        super().__init__(self.leaf, self.origins)
+
+
+Value = jax.Array | Perturbed
+
+
+def added(value: jax.Array, scale: jax.Array, perturbation: jax.Array) -> jax.Array:
+    """``value + t perturbation``."""
+    return value + scale * perturbation
+
+
+@jax.custom_jvp
+def shifted(value: jax.Array, scale: jax.Array, perturbation: jax.Array) -> jax.Array:
+    """``value + t perturbation`` at the point t = 0, for forward derivatives alone.
+
+    Its derivatives are those of the sum; its value does not read the perturbation. So every layer's
+    second derivative has one and the same unperturbed forward pass, which is compiled once. Not
+    for `jax.grad`, which forgets within loops that the value has a rule of its own.
+    """
+    del scale, perturbation
+    return value
+
+
+@functools.partial(shifted.defjvp, symbolic_zeros=True)
+def _shifted_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
+    _, scale, perturbation = primals
+    value_dot, scale_dot, perturbation_dot = tangents
+    terms = [
+        a * b
+        for a, b in ((scale_dot, perturbation), (scale, perturbation_dot))
+        if not (_is_zero(a) or _is_zero(b))
+    ]
+    if not _is_zero(value_dot):
+        terms.append(value_dot)
+    # Once more `shifted`, for a derivative of this derivative. Without terms, `value_dot` is the
+    # symbolic zero of the right shape.
+    return shifted(*primals), functools.reduce(jnp.add, terms) if terms else value_dot
+
+
+def _is_zero(x: Any) -> bool:
+    return isinstance(x, SymbolicZero)
+
+
+def formed(x: Value) -> jax.Array:
+    """The perturbed weight itself."""
+    if not isinstance(x, Perturbed):
+        return x
+    # A bias or a scale is no larger than the activation that it meets.
+    is_vector = x.value.ndim == 0 or x.value.size == max(x.value.shape)
+    if x.signs and x.value.size > _SMALL and not is_vector:
+        raise DropSigns(x, x.signs)
+    perturbation = x.probe
+    for group in x.signs:
+        perturbation = perturbation * along(group.values, group.axes, x.value.ndim)
+    return x.add(x.value, x.scale.astype(x.value.dtype), perturbation)
+
+
+def along(values: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
+    """Lays the dimensions of ``values`` along ``axes`` of an array of ``ndim`` dimensions."""
+    order = sorted(range(len(axes)), key=lambda i: axes[i])
+    shape = [1] * ndim
+    for i in order:
+        shape[axes[i]] = values.shape[i]
+    return jnp.transpose(values, order).reshape(shape)

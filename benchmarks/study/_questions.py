@@ -102,6 +102,7 @@ def _scheduled(value: str, steps: int) -> Program:
                 alpha_min=alpha_min,
                 alpha_max=alpha_max,
                 estimator=Rearranged(hutchinson(1), 0),
+                update_interval=1,
                 key=key,
             )
 

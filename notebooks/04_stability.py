@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -50,7 +52,7 @@ from sklearn.datasets import load_digits, make_moons
 from lama_optax import exact_trace, hutchinson, lama_scale, layer_curvature
 
 jax.config.update("jax_enable_x64", True)
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 68})
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 B1, B2, ALPHA_MIN, ALPHA_MAX = 0.9, 0.999, 0.5, 1.5  # the paper's
 
@@ -293,7 +295,7 @@ ratio = mu[1:] / mu[:-1]
 assert np.sum(free & (momentum[1:] > 1.05)) > 20
 np.testing.assert_allclose(ratio[free], momentum[1:][free], rtol=0.01)
 
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+fig, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.3), layout="constrained")
 for layer, colour in enumerate((BLUE, ORANGE)):
     name = f"Dense_{layer}"
     left.semilogy(held_mu[:, layer] / held_mu[0, layer], color=colour, label=f"{name}, held")
@@ -306,7 +308,7 @@ left.set(
 )
 left.set(xlim=(0, 150), ylim=(0.1, 1e13))
 left.legend(frameon=False, fontsize=8)
-right.plot([0.85, 1.4], [0.85, 1.4], "k--", lw=1, label="Eq. 6 without g")
+right.plot([0.5, 1.4], [0.5, 1.4], "k--", lw=1, label="Eq. 6 without g")
 right.set(
     xlabel=r"$\alpha b_1$ of the step", ylabel="growth of m in the step", title="One step each"
 )
@@ -454,11 +456,12 @@ for name, weights in FORMS.items():
 
 # A matrix of ones attains 1/L: three layers, each at a third of its bound.
 alike = np.full((1, LAYERS), 0.9)
-found = bisect(np.ones((1, LAYERS, LAYERS)), alike, 1 - alike)
-np.testing.assert_allclose(found, 38 / LAYERS, rtol=1e-9)
+found = bisect(np.ones((1, LAYERS, LAYERS)) + 1e-4 * np.eye(LAYERS), alike, 1 - alike)
+# The 1e-4 keeps it positive definite.
+np.testing.assert_allclose(found, 38 / LAYERS, rtol=1e-4)
 
 # %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+fig, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.3), layout="constrained")
 grid = np.linspace(0, 0.98, 50)
 for (name, weights), colour in zip(FORMS.items(), (BLUE, ORANGE, GREEN), strict=True):
     left.semilogy(grid, 2 * (1 + grid) / weights(grid), color=colour, label=name)
@@ -468,7 +471,7 @@ for (name, weights), colour in zip(FORMS.items(), (BLUE, ORANGE, GREEN), strict=
 left.set(xlabel="momentum b of the mode", ylabel="largest stable q", title="One mode")
 left.legend(frameon=False)
 exact_share, sum_share, mean_share = margins["unit gain"]
-bins = np.linspace(0, 3, 61)
+bins = np.linspace(0.2, 2.4, 56)
 right.hist(exact_share, bins, color=BLUE, alpha=0.7, label="largest share $q_l / S_l$")
 right.hist(sum_share, bins, color=ORANGE, alpha=0.7, label="sum of the shares")
 right.hist(mean_share, bins, color=PINK, histtype="step", label="largest share, mean q")
@@ -552,7 +555,7 @@ both = companion(np.full((2, 1, 1), bound / 2), pair, 1 - pair)
 assert (np.abs(np.linalg.eigvals(both)) < 1).all()
 assert np.abs(np.linalg.eigvals(both[0] @ both[1])).max() > 1.05
 
-fig, ax = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
+fig, ax = plt.subplots(figsize=(7.5, 2.8), layout="constrained")
 for ((form, name), exponent), colour in zip(
     exponents.items(), [BLUE, ORANGE, PINK] * 2, strict=True
 ):
@@ -561,7 +564,7 @@ for ((form, name), exponent), colour in zip(
 ax.axhline(0, color="black", lw=0.8)
 ax.set(xlabel="q / bound of b = 0.9", ylabel="growth per step (logarithm)", ylim=(-0.08, 0.15))
 ax.set_title("One mode, b fluctuating")
-ax.legend(frameon=False, fontsize=7)
+fig.legend(loc="outside right center", frameon=False)
 plt.show()
 
 # %% [markdown]
@@ -711,22 +714,18 @@ assert 0.9 < np.median(drawn["Eq. 6"][late]) < 1.1
 
 # %%
 COLOURS = dict(zip(RUNS, ("black", BLUE, ORANGE, GREEN), strict=True))
-fig, axes = plt.subplots(1, 3, figsize=(9.6, 3.5), layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(8.2, 3), layout="constrained")
 for name, run in trajectories.items():
     steps = CHUNK * np.arange(1, len(run["rho"]) + 1)
     axes[0].plot(steps, run["q"], color=COLOURS[name], label=name)
     axes[1].plot(steps, run["rho"], color=COLOURS[name])
-    axes[2].semilogy(steps, run["mean share"].max(1), color=COLOURS[name])
 for (name, rho), colour in zip(drawn.items(), (PINK, "grey"), strict=True):
     axes[1].plot(steps, rho, color=colour, ls="--", label=f"{name}, b drawn")
-axes[1].legend(frameon=False, fontsize=8, loc="lower right")
-axes[0].axhline(38, color="grey", ls=":", label="38, Adam's bound")
+axes[0].axhline(38, color="grey", ls=":", label="Adam's bound, 38")
 axes[1].axhline(1, color="grey", ls=":")
-axes[2].axhline(1, color="grey", ls=":")
 axes[0].set(title="Largest eigenvalue of A", xlabel="step", ylim=(0, 50))
 axes[1].set(title=r"$\rho$", xlabel="step", ylim=(0, 1.4))
-axes[2].set(title="Largest mean q over its bound", xlabel="step")
-fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+fig.legend(loc="outside right center", frameon=False)
 plt.show()
 
 # %% [markdown]
@@ -847,7 +846,7 @@ for num_probes in PROBE_COUNTS:
             assert gain_rms[1] > np.log(2)
 
 # %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+fig, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.5), layout="constrained")
 for num_probes, colour in zip(PROBE_COUNTS, (PINK, ORANGE, BLUE), strict=True):
     of_curvature, of_alpha = errors[num_probes, 10.0]
     left.loglog(
@@ -870,7 +869,7 @@ for i, colour in enumerate((BLUE, ORANGE)):
 right.set(
     xlabel="probes K", ylabel=r"rms error of $\alpha$", title="Measured (marks), bound (lines)"
 )
-right.legend(frameon=False, fontsize=8, loc="lower left")
+right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0.0, 0.4))
 plt.show()
 
 # %% [markdown]

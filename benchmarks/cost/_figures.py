@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.workbench._style import BLUE, COLORS, MARKERS, VERMILLION, save_all
+from benchmarks.workbench._style import BLUE, COLORS, MARKERS, VERMILLION, logarithmic, save_all
 
 AXIS_NAMES = {
     "K": "number of probes K",
@@ -39,7 +39,11 @@ def _steps(models: dict[str, Any]) -> Figure:
     )
     height = 0.28 * len(labels) + 1.2
     figure, panels = plt.subplots(
-        1, len(models), figsize=(2.2 + 2.7 * len(models), height), sharey=True, squeeze=False
+        1,
+        len(models),
+        figsize=(max(6.0, 2.2 + 2.7 * len(models)), height),
+        sharey=True,
+        squeeze=False,
     )
     for axes, (name, model) in zip(panels.flat, models.items(), strict=True):
         for group in model["steps"].values():
@@ -49,7 +53,8 @@ def _steps(models: dict[str, Any]) -> Figure:
                 axes.plot([ratio.low, ratio.high], [y, y], color=color, alpha=0.5)
                 axes.plot(ratio.median, y, "o", color=color)
         axes.axvline(1, color="gray", linewidth=1)
-        axes.set(xscale="log", title=name, xlabel="step over optax.adam's")
+        logarithmic(axes, "x")
+        axes.set(title=name, xlabel="step over optax.adam's")
     panels.flat[0].set_yticks([-i for i in range(len(labels))], labels)
     figure.suptitle("Training step with curvature, median and range of the rounds", fontsize=11)
     return figure
@@ -66,7 +71,8 @@ def _growth(axis: str, lines: dict[str, Any]) -> Figure:
             "marker": MARKERS[i % len(MARKERS)],
         }
         axes.plot(line["sizes"], milliseconds, label=label + fitted, **look)
-    axes.set(xscale="log", yscale="log", xlabel=AXIS_NAMES[axis], ylabel="milliseconds")
+    logarithmic(axes, "xy")
+    axes.set(xlabel=AXIS_NAMES[axis], ylabel="milliseconds")
     axes.set_title(f"Time of an estimate against {AXIS_NAMES[axis]}")
     axes.legend(loc="upper left")
     return figure

@@ -13,9 +13,16 @@ import jax
 
 from benchmarks.workbench._jobs import Job, Models, Settings
 from benchmarks.workbench._models import Model
-from benchmarks.workbench._steps import Step, compiled_estimate
+from benchmarks.workbench._steps import (
+    ADAM,
+    PAPERS,
+    Step,
+    compiled_estimate,
+    default_flipout,
+    lama_label,
+)
 from benchmarks.workbench._training import describe
-from lama_optax import Estimator, flipout, hutchinson
+from lama_optax import Estimator, flipout, hutchinson, layer_names
 
 #: Models whose resident memory is measured: in the small ones the process itself hides it.
 RESIDENT = ("mlp", "transformer")
@@ -33,7 +40,7 @@ def jobs(settings: Settings, models: Models) -> Iterator[Job]:
             )
         if name not in RESIDENT:
             continue
-        for label in contenders(settings.quick):
+        for label in contenders(models[name], settings.quick):
             unit = {"model": name, "task": describe(task), "contender": label}
             yield Job(
                 {"section": "resident", **unit},
@@ -41,14 +48,11 @@ def jobs(settings: Settings, models: Models) -> Iterator[Job]:
             )
 
 
-def contenders(quick: bool) -> list[str]:
+def contenders(model: Model, quick: bool) -> list[str]:
     """Labels of the steps whose resident memory is measured."""
-    from benchmarks.cost._steps import groups
-
-    first, second = (list(group) for group, _ in groups(quick).values())
-    if quick:
-        return first[:1]
-    return first[:1] + first[-1:] + [label for label in second[1:] if not label.endswith("10")]
+    flipout_ = default_flipout(len(layer_names(model.params)))
+    estimators = [] if quick else [PAPERS, "K=1", flipout_]
+    return [ADAM, *(lama_label(estimator, 1) for estimator in estimators)]
 
 
 def _estimates(models: Models, name: str, num_probes: int) -> dict[str, int]:

@@ -11,8 +11,9 @@ from benchmarks.cost._floor import floor_seconds
 from benchmarks.cost._steps import groups
 from benchmarks.moons._settings import Settings as MoonsSettings
 from benchmarks.workbench._jobs import Models, Outcome
-from benchmarks.workbench._steps import ADAM, FLIPOUT, GIVEN, Contender, lama_label
+from benchmarks.workbench._steps import ADAM, GIVEN, Contender, default_flipout, lama_label
 from benchmarks.workbench._timing import Spread, paired_ratio, slope
+from lama_optax import layer_names
 
 #: At most: interval -> model -> step time over Adam's.
 STEP_TARGETS = {10: {"mlp": 1.15, "transformer": 1.20}, 1: {"mlp": 2.5, "transformer": 3.5}}
@@ -29,6 +30,7 @@ def summarize(outcomes: Sequence[Outcome], models: Models, quick: bool) -> dict[
         "models": {
             name: {
                 "title": task.title,
+                "flipout": default_flipout(len(layer_names(models[name].params))),
                 "floor": found.one(section="floor", model=name),
                 "steps": _steps(found, name, quick),
                 "torch": _torch(found.one(section="torch", model=name)),
@@ -153,7 +155,9 @@ def lines(summary: dict[str, Any], traces: dict[str, Any] | None) -> list[dict[s
     of_traces("standard error")
     for interval, targets in STEP_TARGETS.items():
         for model, target in targets.items():
-            label = lama_label(FLIPOUT, interval)
+            if model not in summary["models"]:
+                continue
+            label = lama_label(summary["models"][model]["flipout"], interval)
             ratio = _ratio(summary, model, "curvature", label)
             at_most(f"step, estimate every {interval}", model, target, ratio, label)
     of_traces("work")

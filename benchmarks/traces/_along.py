@@ -42,8 +42,8 @@ def length(name: str, quick: bool) -> Length:
     if quick:
         return Length(4, 2, 2, 1, 1, 1)
     if name == "transformer":
-        return Length(110, 10, 19, 47, 8, 1)
-    return Length(300, 25, 19, 47, 5, 8)
+        return Length(110, 10, 19, 47, 10, 1)
+    return Length(300, 25, 19, 47, 7, 6)
 
 
 def jobs(settings: Settings, models: Models) -> Iterator[Job]:
@@ -90,6 +90,17 @@ class _Training:
     def _tx(self) -> optax.GradientTransformation:
         return optax.adam(LEARNING_RATE)
 
+    @functools.cached_property
+    def _data(self) -> list[Batch]:
+        """The data cut into batches: all of the digits, a part of the text."""
+        rows = np.random.default_rng(self._seed).permutation(len(self._task.examples[0]))
+        size = self._task.batch_size
+        starts = range(0, len(rows) - size + 1, size)[: self._how.truth_batches]
+        return [
+            tuple(jnp.asarray(array[rows[start : start + size]]) for array in self._task.examples)
+            for start in starts
+        ]
+
     def _advance(self, step: int) -> None:
         if self._at > step or self._at == 0:
             self._params = self._task.init()
@@ -119,10 +130,7 @@ class _Training:
             flipped.append(np.asarray(per_example(self._params, batch, seeds[PROBES])))
             if step >= how.first_truth and (step - how.first_truth) % how.truth_every == 0:
                 seed = int(seeds[-1])
-                others = [
-                    self._task.minibatch(10**6 + number) for number in range(how.truth_batches)
-                ]
-                truth[step] = _mean(precise, self._params, others, seed)
+                truth[step] = _mean(precise, self._params, self._data, seed)
                 batch_truth[step] = _mean(precise, self._params, [batch] * 4, seed)
             self._next()
         return {

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.traces._summary import is_peer
-from benchmarks.workbench._style import COLORS, MARKERS, save_all
+from benchmarks.workbench._style import COLORS, MARKERS, logarithmic, save_all
 
 
 def draw_all(folder: Path, summary: dict[str, Any]) -> None:
@@ -26,9 +26,8 @@ def draw_all(folder: Path, summary: dict[str, Any]) -> None:
 def _axes(count: int, width: float, height: float) -> tuple[Figure, list[Any]]:
     columns = min(2, count)
     rows = math.ceil(count / columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False
-    )
+    size = (max(8.0, width * columns), height * rows)  # the legend needs room
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for spare in axes.flat[count:]:
         spare.axis("off")
     return figure, list(axes.flat[:count])
@@ -56,7 +55,8 @@ def _work(models: dict[str, Any]) -> Figure:
             if "sd" in found:
                 x, y = found["gradients"].median, float(np.median(found["sd"]))
                 axes.plot(x, y, label=label, **looks[label])
-        axes.set(xscale="log", yscale="log", title=model["title"].split(",")[0])
+        logarithmic(axes, "xy")
+        axes.set_title(model["title"].split(",")[0])
         axes.set(xlabel="time of an estimate, gradients", ylabel="sd / trace, median layer")
         _equal_work(axes)
     handles: dict[str, Any] = {}
@@ -98,7 +98,8 @@ def _along(models: dict[str, Any]) -> Figure:
         axes.axhline(
             model["along"]["batch"]["median"], color="gray", linewidth=1, label="exact, one batch"
         )
-        axes.set(xscale="log", yscale="log", title=model["title"].split(",")[0])
+        logarithmic(axes, "xy")
+        axes.set_title(model["title"].split(",")[0])
         axes.set(xlabel="time added to Adam's step, Adam's steps", ylabel="relative error")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)

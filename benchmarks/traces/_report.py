@@ -8,7 +8,6 @@ import numpy as np
 from benchmarks.moons._report import table
 from benchmarks.traces._measure import GRADIENT, TORCH_GRADIENT
 from benchmarks.traces._summary import (
-    DEFAULT_FLIPOUT,
     TELEMETRY_INTERVAL,
     TEN_PROBES,
     best_peer,
@@ -20,11 +19,11 @@ from benchmarks.workbench._training import text_warning
 #: More layers than this are shown as their median and extremes.
 MAX_COLUMNS = 4
 
-NOTES = f"""\
+NOTES = """\
 In all tables of contenders
 n: independent estimates. gradients: time over that of a gradient in the same framework, median
 over blocks of rounds in which all took turns. sd: standard deviation of one estimate over the
-layer's trace. work: time x variance, over that of "{DEFAULT_FLIPOUT}", median over the layers;
+layer's trace. work: time x variance, over that of `flipout()`, median over the layers;
 above 1 is more work to the same standard error. z: largest distance, over the layers, of the mean
 from the best known trace, in standard errors; a biased estimator's grows with n."""
 
@@ -64,7 +63,7 @@ def _contenders(model: dict[str, Any]) -> str:
             continue
         sd = found["sd"]
         shown = [sd.min(), np.median(sd), sd.max()] if many else sd
-        work = np.median(found["work"] / merged[DEFAULT_FLIPOUT]["work"])
+        work = np.median(found["work"] / merged[model["flipout"]]["work"])
         row = [label, *timing, *(f"{x:.3f}" for x in shown), f"{work:.3g}"]
         rows.append([*row, f"{found['largest_z']:.1f}"])
     # Errors are sentences: they stand below, not in the columns.

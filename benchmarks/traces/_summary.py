@@ -10,12 +10,10 @@ from benchmarks.traces._along import DECAYS, INTERVALS, NUM_PROBES, held
 from benchmarks.traces._jax import OURS
 from benchmarks.traces._measure import GRADIENT, STEPS, TORCH_GRADIENT
 from benchmarks.workbench._jobs import Models, Outcome
-from benchmarks.workbench._steps import ADAM, FLIPOUT, GIVEN
+from benchmarks.workbench._steps import ADAM, GIVEN, default_flipout
 from benchmarks.workbench._timing import Spread
 from lama_optax import layer_names
 
-#: The scope that `flipout()` has.
-DEFAULT_FLIPOUT = FLIPOUT
 TEN_PROBES = "hutchinson joint, K=10"
 #: A layer's standard error that telemetry is to reach, relative to its trace.
 TELEMETRY_ERROR, TELEMETRY_INTERVAL = 0.1, 100
@@ -33,6 +31,7 @@ def summarize(outcomes: Sequence[Outcome], models: Models) -> dict[str, Any]:
         layers = layer_names(models[name].params)
         found = _contenders(blocks, len(layers))
         by_model[name] = {"title": task.title, "layers": layers, **found}
+        by_model[name]["flipout"] = default_flipout(len(layers))
         by_model[name]["telemetry"] = _telemetry(by_model[name])
         if chunks:
             by_model[name]["along"] = _along(chunks, by_model[name])
@@ -195,7 +194,7 @@ def _along(chunks: Sequence[dict[str, Any]], model: dict[str, Any]) -> dict[str,
                 label = f"K={probes}, every {interval}, decay {decay:g}"
                 rows[label] = row(of_k, contender, interval, decay)
             label = f"flipout, every {interval}, decay {decay:g}"
-            rows[label] = row(flipped, DEFAULT_FLIPOUT, interval, decay)
+            rows[label] = row(flipped, model["flipout"], interval, decay)
     batch = errors(np.asarray([of_batch[step]["mean"] for step in steps])[:, None])
     truth_errors = np.asarray([truth[step]["std_error"] for step in steps], np.float64)
     return {
@@ -212,8 +211,9 @@ def _lines(by_model: dict[str, Any]) -> list[dict[str, Any]]:
     for name, model in by_model.items():
         merged = model["contenders"]
         if name != "moons":
-            ratio = float(np.median(merged[DEFAULT_FLIPOUT]["sd"] / merged[TEN_PROBES]["sd"]))
-            lines.append(_line("standard error", name, DEFAULT_FLIPOUT, 1.0, ratio, ratio <= 1))
+            label = model["flipout"]
+            ratio = float(np.median(merged[label]["sd"] / merged[TEN_PROBES]["sd"]))
+            lines.append(_line("standard error", name, label, 1.0, ratio, ratio <= 1))
         if name in WORK_TARGETS:
             labels = [label for label in OURS if label.startswith("flipout")]
             found = {label: best_peer(merged[label]) for label in labels}

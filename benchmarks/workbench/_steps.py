@@ -47,17 +47,20 @@ def first_order() -> dict[str, Contender]:
     }
 
 
+PAPERS = "K=10 vmapped, the paper's"
 #: What LAMA is measured with: label -> estimator.
 ESTIMATORS: dict[str, Estimator] = {
-    "K=10 vmapped, the paper's": hutchinson(10, chunk_size=10),
+    PAPERS: hutchinson(10, chunk_size=10),
     "K=10": hutchinson(10),
     "K=1": hutchinson(1),
     "flipout joint": flipout(1, scope="joint"),
     "flipout block": flipout(1, scope="block"),
 }
 
-#: `flipout()` as it comes is one of the two.
-FLIPOUT = next(label for label, estimator in ESTIMATORS.items() if estimator == flipout())
+
+def default_flipout(num_layers: int) -> str:
+    """The label of what `flipout()` chooses as it comes: it unrolls up to 8 layers."""
+    return "flipout block" if num_layers <= 8 else "flipout joint"
 
 
 def lama_label(estimator: str, interval: int) -> str:
@@ -66,12 +69,13 @@ def lama_label(estimator: str, interval: int) -> str:
 
 
 def with_curvature(intervals: tuple[int, ...] = (1, 10)) -> dict[str, Contender]:
-    """Optimizers that estimate curvature, beside Adam; Sophia's own interval is 10."""
+    """Optimizers that estimate curvature, beside Adam; Sophia at its own interval."""
     rate = LEARNING_RATE
-    result = {ADAM: Contender(optax.adam(rate), 0)}
-    for interval in intervals:
-        sophia = optax.contrib.sophia(rate, update_interval=interval)
-        result[f"optax.contrib.sophia, every {interval}"] = Contender(sophia, interval)
+    sophia = Contender(optax.contrib.sophia(rate), _default_interval(optax.contrib.sophia))
+    result = {
+        ADAM: Contender(optax.adam(rate), 0),
+        f"optax.contrib.sophia, every {sophia.interval}": sophia,
+    }
     for label, estimator in ESTIMATORS.items():
         for interval in intervals:
             tx = lama_adam(rate, estimator=estimator, update_interval=interval)
@@ -79,9 +83,12 @@ def with_curvature(intervals: tuple[int, ...] = (1, 10)) -> dict[str, Contender]
             probes = 10 if label.startswith("K=10") else 1
             contender = Contender(tx, interval, scope=scope, num_probes=probes)
             result[lama_label(label, interval)] = contender
-    default = inspect.signature(lama_adam).parameters["update_interval"].default
-    result["lama_adam as it comes"] = Contender(lama_adam(rate), default)
+    result["lama_adam as it comes"] = Contender(lama_adam(rate), _default_interval(lama_adam))
     return result
+
+
+def _default_interval(make: Callable[..., Any]) -> int:
+    return inspect.signature(make).parameters["update_interval"].default
 
 
 class Step:

@@ -22,7 +22,11 @@ from lama_optax._numbers import check_count, check_word
 from lama_optax._perturb import evaluate
 from lama_optax._perturbed import DropSigns, Perturbed, Signs, added, shifted
 from lama_optax._probes import signs
-from lama_optax.estimators._protocol import LayerCurvature, scalar_objective
+from lama_optax.estimators._protocol import (
+    UNROLLED_LAYERS,
+    LayerCurvature,
+    scalar_objective,
+)
 
 PyTree = Any
 
@@ -32,7 +36,7 @@ class _Flipout:
     """Settings of `flipout`."""
 
     num_probes: int
-    scope: str
+    scope: str | None
 
     def estimate(
         self,
@@ -58,7 +62,9 @@ class _Flipout:
                 "batch must hold arrays with the same number of examples along their leading axis;"
                 f" got shapes {[jnp.shape(x) for x in jax.tree.leaves(batch)]}."
             )
-        is_block = self.scope == "block"
+        is_block = self.scope == "block" or (
+            self.scope is None and 0 < len(layers.names) <= UNROLLED_LAYERS
+        )
         add = shifted if is_block else added
         loss = _ExampleLoss(example_value_fn, params, batch, layers, add)
         num_layers = len(layers.names)
@@ -215,7 +221,7 @@ def _standard_error(samples: jax.Array, independent: list[bool]) -> jax.Array:
     return jnp.where(jnp.asarray(independent), within, between)
 
 
-def flipout(num_probes: int = 1, *, scope: str = "joint") -> _Flipout:
+def flipout(num_probes: int = 1, *, scope: str | None = None) -> _Flipout:
     r"""Hutchinson's estimator with a probe of its own for every example (Flipout's signs).
 
     .. math::
@@ -240,6 +246,7 @@ def flipout(num_probes: int = 1, *, scope: str = "joint") -> _Flipout:
       num_probes: K, the number of probes for each example; static.
       scope: ``"joint"``: all layers at once, whatever the depth. ``"block"``: one layer at a time,
         without the noise of the other layers; cost and compile time grow with the number of layers.
+        None: ``"block"`` up to 8 layers, where it was measured to be the cheaper too.
 
     Returns:
       An estimator that needs two arguments by keyword: ``example_value_fn(params, example)``, the
@@ -268,5 +275,6 @@ def flipout(num_probes: int = 1, *, scope: str = "joint") -> _Flipout:
       ((1,), True)
     """
     check_count("num_probes", num_probes)
-    check_word("scope", scope, ("joint", "block"))
+    if scope is not None:
+        check_word("scope", scope, ("joint", "block"))
     return _Flipout(num_probes, scope)

@@ -15,6 +15,7 @@ from lama_optax._layers import Layers
 from lama_optax._numbers import check_count, check_number, check_word
 from lama_optax._probes import PROBES
 from lama_optax.estimators._protocol import (
+    UNROLLED_LAYERS,
     LayerCurvature,
     check_twice_differentiable,
     has_custom_vjp,
@@ -24,9 +25,6 @@ from lama_optax.estimators._protocol import (
 
 PyTree = Any
 Objective = Callable[[PyTree], jax.Array]
-
-# Up to so many layers a "block" estimate is unrolled layer by layer; more would compile for long.
-_UNROLLED_LAYERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +75,7 @@ class _Hutchinson:
         """The function of one probe that returns ``v_l^T H v_l`` for every layer, shape (L,)."""
         num_layers = len(layers.names)
         has_forward = self.hvp == "exact" and not has_custom_vjp(primitives)
-        if self.scope == "block" and has_forward and 0 < num_layers <= _UNROLLED_LAYERS:
+        if self.scope == "block" and has_forward and 0 < num_layers <= UNROLLED_LAYERS:
             return lambda probe: jnp.stack(
                 [
                     _second_derivative(objective, params, probe, layers, layer)

@@ -11,6 +11,8 @@ import numpy as np
 from lama_optax._layers import Layers, LayerSpec, is_masked, resolve_layers
 
 PyTree = Any
+# Up to so many layers estimates are unrolled layer by layer; more would compile for long.
+UNROLLED_LAYERS = 8
 
 
 class LayerCurvature(NamedTuple):

@@ -52,7 +52,7 @@ from sklearn.datasets import load_digits, make_moons
 from lama_optax import exact_trace, hutchinson, lama_scale, layer_curvature
 
 jax.config.update("jax_enable_x64", True)
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 68})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 64})
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 B1, B2, ALPHA_MIN, ALPHA_MAX = 0.9, 0.999, 0.5, 1.5  # the paper's
 
@@ -483,7 +483,7 @@ plt.show()
 # %% [markdown]
 # Left, dots are bisections, lines the formula. Right, where 200 random problems of three coupled
 # layers stop to be stable: $\rho = 1$ in each; judged by its own bound no layer is to blame in
-# most. Two consequences:
+# any. Two consequences:
 #
 # - a learning rate capped layer by layer, $\eta_l \le c\, S_l / (q_l/\eta)$, is guaranteed to be
 #   stable for $c \le 1/L$ only;

@@ -111,9 +111,9 @@ def lama_scale(
         [0, 1); 0 keeps the last estimate alone.
       momentum: ``"paper"`` is Eq. 6 with Eq. 3's correction, under which alpha moves the step size
         too: the steady gain of the gradient is (1 - b1)/(1 - alpha b1). ``"ema"`` weighs
-        the gradient by 1 - alpha b1 and divides by the exact sum of the weights: gain 1. Where alpha
-        fluctuates from step to step, its bound of stability is about half of that with a constant
-        alpha (``notebooks/04_stability``): smooth it by ``curvature_decay`` or ``update_interval``.
+        the gradient by 1 - alpha b1 and divides by the exact sum of the weights: gain 1. If alpha
+        fluctuates, its bound of stability is about half of that with a constant alpha
+        (``notebooks/04_stability``): smooth it by ``curvature_decay`` or ``update_interval``.
       max_momentum: upper limit of alpha b1, in [0, 1). With None, alpha b1 can pass 1 and
         training diverge.
       mu_dtype: dtype of the first moment; None: that of the parameters.

@@ -15,7 +15,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from lama_optax._perturb_rules import RULES
-from lama_optax._perturbed import Perturbed, Signs, Value, formed
+from lama_optax._perturbed import Perturbed, Signs, Uses, Value, formed
 
 
 def evaluate(closed: Any, args: Sequence[Value]) -> list[jax.Array]:
@@ -76,9 +76,13 @@ def _scan(params: dict[str, Any], *ins: Value) -> list[Value]:
     consts = ins[:num_consts]
     carry = [formed(x) for x in ins[num_consts : num_consts + num_carry]]
     xs = ins[num_consts + num_carry :]
+    weights = [x for x in ins if isinstance(x, Perturbed)]
+    for x in weights:
+        x.uses.add(x.leaf, repeated=any(x is const for const in consts))
 
     def body(carry: list[jax.Array], slices: list[Any]) -> tuple[list[jax.Array], list[jax.Array]]:
-        rows = [_row(x, part) for x, part in zip(xs, slices, strict=True)]
+        uses = Uses(weights[0].uses.single, in_loop=True)
+        rows = [_row(x, part, uses) for x, part in zip(xs, slices, strict=True)]
         outs = evaluate(params["jaxpr"], [*consts, *carry, *rows])
         return outs[:num_carry], outs[num_carry:]
 
@@ -103,7 +107,7 @@ def _rows(x: Value) -> Any:
     return x.value, x.probe, x.scale if x.scale.ndim else None, moved
 
 
-def _row(x: Value, part: Any) -> Value:
+def _row(x: Value, part: Any, uses: Uses) -> Value:
     """One slice of a perturbed weight, rebuilt from `_rows`."""
     if not isinstance(x, Perturbed):
         return part
@@ -118,7 +122,7 @@ def _row(x: Value, part: Any) -> Value:
         for group in x.signs
     )
     scale = x.scale if scale is None else scale.reshape(())
-    return Perturbed(x.leaf, value, probe, scale, signs, x.add)
+    return Perturbed(x.leaf, value, probe, scale, signs, x.add, uses)
 
 
 _INLINED = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat")

@@ -4,8 +4,9 @@ In a product with an activation h the signs move to the activation and the resul
 
     h (W + t s V) = h W + t ((h * s_in) V) * s_out        (Flipout, Wen et al. 2018)
 
-A rule returns None where it does not apply, and raises `DropSigns` where the weight could be
-followed if some of its axes had no signs.
+Where a dense layer has one row of outputs for each example, and the weight has no other use,
+(h * s_in) V is replaced by |h|: the mean over s_in and V is then exact. A rule returns None where
+it does not apply, and raises `DropSigns` where the weight could be followed without some signs.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,8 @@ def _product(
     """
     if weight.scale.ndim:
         return None
-    signed = activation
+    weight.uses.add(weight.leaf)
+    signed = jax.lax.stop_gradient(activation) if weight.is_single else activation
     outer: list[Signs] = []
     for group in weight.signs:
         if all(axis in to_activation for axis in group.axes):
@@ -46,6 +48,27 @@ def _product(
     for group in outer:
         axes = [to_output[axis] for axis in group.axes]
         perturbation *= along(group.values, axes, out.ndim).astype(out.dtype)
+    return [weight.add(out, weight.scale.astype(out.dtype), perturbation)]
+
+
+def _one_row(
+    weight: Perturbed,
+    activation: jax.Array,
+    multiply: Callable[[jax.Array, jax.Array], jax.Array],
+    free: int,
+) -> list[jax.Array] | None:
+    """``h W + t |h| s_out``: of the same mean as `_product`, without the noise of s_in and V.
+
+    With G the second derivative by the outputs, trace(H) = |h|^2 trace(G) = E[(|h| s)^T G (|h| s)].
+    """
+    outer = [group for group in weight.signs if group.axes == (free,)]
+    # A loop's weights are parts of one leaf, which share s_out and are told apart by V.
+    if not (weight.is_single and outer) or weight.uses.in_loop or weight.scale.ndim:
+        return None
+    weight.uses.add(weight.leaf)
+    out = multiply(activation, weight.value)
+    h = jax.lax.stop_gradient(activation).astype(out.dtype)
+    perturbation = jnp.sqrt(jnp.sum(h * h)) * outer[0].values.astype(out.dtype)
     return [weight.add(out, weight.scale.astype(out.dtype), perturbation)]
 
 
@@ -65,6 +88,10 @@ def _dot_general(params: dict[str, Any], lhs: Value, rhs: Value) -> list[jax.Arr
     def multiply(h: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.dot_general_p.bind(*((w, h) if side == 0 else (h, w)), **params)
 
+    if activation.ndim == len(contract[0]) and len(free) == 1 and not batch[0]:
+        outs = _one_row(weight, activation, multiply, free[0])
+        if outs is not None:
+            return outs
     return _product(
         weight,
         activation,

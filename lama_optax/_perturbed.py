@@ -24,6 +24,21 @@ class Signs(NamedTuple):
     values: jax.Array  # one dimension for each of `axes`
 
 
+class Uses:
+    """Counts the uses of the leaves that are taken to have one; fresh for each evaluation."""
+
+    def __init__(self, single: frozenset[int], in_loop: bool = False):
+        """``single``: numbers of the leaves that may be used once, here or in a loop's turn."""
+        self.single, self.in_loop = single, in_loop
+        self._seen: set[int] = set()
+
+    def add(self, leaf: int, repeated: bool = False) -> None:
+        """Raises `UsedAgain` at the second use of a leaf in ``single``, or a repeated one."""
+        if leaf in self.single and (repeated or leaf in self._seen):
+            raise UsedAgain(leaf)
+        self._seen.add(leaf)
+
+
 class Perturbed(NamedTuple):
     """A weight ``value + scale * signs * probe``."""
 
@@ -33,6 +48,25 @@ class Perturbed(NamedTuple):
     scale: jax.Array  # t; a scalar, or shape=(depth, 1, ...) for stacked layers
     signs: tuple[Signs, ...]  # their axes are disjoint
     add: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # `added` or `shifted`
+    uses: Uses
+
+    @property
+    def is_single(self) -> bool:
+        """Whether this is its leaf's only use.
+
+        What the weight meets then depends on other weights alone. To let the perturbation follow
+        it would add products, and noise of mean 0, since the weights' signs are independent.
+        """
+        return self.leaf in self.uses.single
+
+
+class UsedAgain(Exception):
+    """A leaf that was taken to have one use has more."""
+
+    def __init__(self, leaf: int):
+        """Names the leaf."""
+        self.leaf = leaf
+        super().__init__(leaf)
 
 
 class DropSigns(Exception):
@@ -89,6 +123,7 @@ def formed(x: Value) -> jax.Array:
     """The perturbed weight itself."""
     if not isinstance(x, Perturbed):
         return x
+    x.uses.add(x.leaf)
     # A bias or a scale is no larger than the activation that it meets.
     is_vector = x.value.ndim == 0 or x.value.size == max(x.value.shape)
     if x.signs and x.value.size > _SMALL and not is_vector:

@@ -20,7 +20,15 @@ from lama_optax._equations import average_curvature
 from lama_optax._layers import Layers
 from lama_optax._numbers import check_count, check_word
 from lama_optax._perturb import evaluate
-from lama_optax._perturbed import DropSigns, Perturbed, Signs, added, shifted
+from lama_optax._perturbed import (
+    DropSigns,
+    Perturbed,
+    Signs,
+    UsedAgain,
+    Uses,
+    added,
+    shifted,
+)
 from lama_optax._probes import signs
 from lama_optax.estimators._protocol import (
     UNROLLED_LAYERS,
@@ -128,8 +136,10 @@ class _ExampleLoss:
             return objective(p).astype(layers.dtype)
 
         self._jaxpr = jax.make_jaxpr(value)(params, example)
-        # Which signs each leaf can carry in all its uses is found by trying, on shapes alone.
+        # Which signs each leaf can carry in all its uses, and which leaves have one use alone, is
+        # found by trying, on shapes alone.
         self._signed = [tuple(range(leaf.ndim)) for leaf in jax.tree.leaves(params)]
+        self._single = frozenset(range(len(self._signed)))
         t = jnp.zeros(len(layers.names), layers.dtype)
         every_layer = range(len(layers.names))
         while True:
@@ -142,6 +152,8 @@ class _ExampleLoss:
                 self._signed[drop.leaf] = tuple(
                     axis for axis in self._signed[drop.leaf] if axis not in drop.origins
                 )
+            except UsedAgain as use:
+                self._single -= {use.leaf}
             else:
                 break
         # Given the shared probe, an example's sample is unbiased on its own, and so independent of
@@ -183,6 +195,7 @@ class _ExampleLoss:
         leaves, probes = jax.tree.leaves(self._params), jax.tree.leaves(probe)
         scales = jax.tree.leaves(self._layers.spread(t, self._params))
         args: list[jax.Array | Perturbed] = []
+        uses = Uses(self._single)
         for i, (leaf, v, scale, ranges) in enumerate(
             zip(leaves, probes, scales, self._sign_ranges(), strict=True)
         ):
@@ -195,7 +208,7 @@ class _ExampleLoss:
                 for axes, start, stop in ranges
             )
             args.append(
-                Perturbed(i, leaf, v, scale, groups, self._add)
+                Perturbed(i, leaf, v, scale, groups, self._add, uses)
                 if self._is_active(i, active)
                 else leaf
             )

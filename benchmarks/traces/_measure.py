@@ -39,10 +39,10 @@ STEPS = (ADAM, GIVEN)
 class Rounds:
     """Blocks of rounds; in each round a contender estimates once, a slow one less often."""
 
-    blocks: int = 20
+    blocks: int = 10
     rounds: int = 10
     window: float = 0.01  # seconds that a fast contender goes on in one visit
-    limit: float = 2.0  # seconds a block, beyond which a contender is visited less often
+    limit: float = 1.0  # seconds a block, beyond which a contender is visited less often
     fewest: int = 8  # estimates of the slowest contender, over all blocks
 
 

@@ -11,11 +11,12 @@ from benchmarks.traces._summary import (
     TELEMETRY_INTERVAL,
     TEN_PROBES,
     best_peer,
-    is_peer,
 )
-from benchmarks.workbench._steps import ADAM
+from benchmarks.workbench._steps import ADAM, default_flipout
 from benchmarks.workbench._training import text_warning
 
+#: Ours that are held against each peer.
+SHOWN = ("hutchinson block", "flipout joint", "flipout block")
 #: More layers than this are shown as their median and extremes.
 MAX_COLUMNS = 4
 
@@ -88,22 +89,25 @@ def _layers(model: dict[str, Any]) -> str:
 
 
 def _peers(model: dict[str, Any]) -> str:
-    rows = []
-    for label, found in model["contenders"].items():
-        if not found.get("vs_peers") or is_peer(label):
-            continue
-        best = best_peer(found)
-        assert best is not None
-        units = found["vs_peers"][best[0]]
-        rows.append([label, best[0], f"{units['seconds']:.1f}", f"{units['gradients']:.1f}"])
-    if not rows:
+    merged = model["contenders"]
+    shown = {label: merged[label] for label in SHOWN}
+    peers = list(shown["flipout block"]["vs_peers"])
+    if not peers:
         return "No peer is installed: pip install '.[peers]'"
-    header = ["", "best peer", "in seconds", "in gradients"]
+    rows = []
+    for peer in peers:
+        units = [found["vs_peers"][peer] for found in shown.values()]
+        rows.append([peer, *(f"{u['seconds']:.3g} / {u['gradients']:.3g}" for u in units)])
+    chosen = default_flipout(len(model["layers"]))
+    best = best_peer(merged[chosen])
+    assert best is not None
     return (
-        "How many times more work the best peer needs for the same standard error\n"
-        + table(header, rows)
-        + "\nMedian over the layers. In gradients: each time over its own framework's gradient."
-        " The best peer\nis the one with the smaller of its two ratios."
+        "How many times more work a peer needs for the same standard error (below 1: less)\n"
+        + table(["than", *shown], rows)
+        + "\nMedian over the layers, in seconds / in gradients of each framework. Best peer of"
+        f" {chosen}: {best[0]},\n{best[1]:.3g} times, by the smaller of its two ratios."
+        " XTrace's variance falls faster than its time grows:\nits ratio holds for the number of"
+        " products that it was given."
     )
 
 

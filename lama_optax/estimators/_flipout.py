@@ -249,7 +249,9 @@ def flipout(num_probes: int = 1, *, scope: str | None = None) -> _Flipout:
     together still cost one matrix product with W and one with V. It works on any function that
     JAX traces; where a use of a weight cannot carry the signs of an axis (a convolution's window,
     the rows of an embedding), that axis has none in all uses of the weight, and the estimate stays
-    unbiased.
+    unbiased. Where a dense layer has one row of outputs for each example and its weight no other
+    use, the mean over inputs is taken exactly: the outputs move by :math:`|h_b|\, s_b` and no
+    product with V is needed.
 
     The standard error is that of the estimate of this batch's curvature. With one probe it also
     holds the spread between examples, and so is an upper limit; for a layer with an axis without

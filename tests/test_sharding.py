@@ -27,11 +27,10 @@ from lama_optax._probes import PROBES
 
 STEPS = 20
 TOLERANCE = 1e-6
-PROBES_DRAWN = 4
 
 adapted = functools.partial(lama_adam, 1e-2, sensitivity=3.0, update_interval=1)
 OPTIMIZERS = {
-    "joint": functools.partial(adapted, estimator=hutchinson(PROBES_DRAWN)),
+    "joint": functools.partial(adapted, estimator=hutchinson(4)),
     "block": functools.partial(adapted, estimator=hutchinson(2, scope="block", probe="sphere")),
     "finite_difference": functools.partial(
         adapted, estimator=hutchinson(3, hvp="finite_difference", probe="gaussian")
@@ -284,13 +283,13 @@ def test_without_axis_name_the_replicas_would_drift_apart():
 #
 # What holds for the step with LAMA, asserted below:
 # - data parallel and tensor parallel: nothing is gathered. The products v^T H v add all-reduces of
-#   the shapes of the gradient's own, with a leading axis for the probes;
+#   the shapes of the gradient's own;
 # - FSDP, automatic axis types: what is gathered is parameters that the gradient gathers too, each
 #   once more at most (XLA does not see that the second derivative wants the same; it does for
 #   kernels, not for biases). No moment is gathered, and no probe: each device draws the whole
 #   probe, from bits that do not depend on the sharding;
 # - FSDP, explicit axis types: besides, the loss gathers its argument's tangent as it gathers its
-#   argument, because the user told it to: the probes, drawn in pieces, once a leaf.
+#   argument, because the user told it to: a probe, once a leaf.
 # Not asserted: how XLA schedules gathers in a loop over the probes (`chunk_size`). It takes the
 # parameters' out of the loop; with finite differences they cannot be, each probe having its own
 # shifted parameters, and the gathers' shapes are still the gradient's.
@@ -351,7 +350,7 @@ def test_fsdp_step_gathers_what_the_gradient_gathers():
 def test_fsdp_step_with_explicit_axes_gathers_the_tangents_besides():
     of_gradient = gathers_of_the_gradient("Explicit")
     assert of_gradient.total() == 4
-    tangents = {("computed", (PROBES_DRAWN, *shape)) for _, shape in of_gradient}
+    tangents = {("computed", shape) for _, shape in of_gradient}
     of_step = gathers(compiled_step("joint", "Explicit", "fsdp")[0])
     assert set(of_gradient) <= set(of_step) <= set(of_gradient) | tangents
     assert max(of_step.values()) <= 2

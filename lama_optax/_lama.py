@@ -180,18 +180,22 @@ def lama_scale(
 
     def init_fn(params: optax.Params) -> LamaState:
         partition = resolve_layers(layers, params)
-        zeros = jnp.zeros(len(partition.names), partition.dtype)
-        alpha, decay = factor_and_momentum(zeros)
+
+        # No two arrays are one buffer: a step that donates the state could not.
+        def zeros() -> jax.Array:
+            return jnp.zeros(len(partition.names), partition.dtype)
+
+        alpha, decay = factor_and_momentum(zeros())
         return LamaState(
             count=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
             nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params),
-            curvature=zeros,
-            curvature_weight=zeros,
+            curvature=zeros(),
+            curvature_weight=zeros(),
             alpha=alpha,
             momentum=decay,
-            weight_sum=zeros,
-            key=jax.random.key_data(as_typed_key(key)),
+            weight_sum=zeros(),
+            key=jnp.copy(jax.random.key_data(as_typed_key(key))),
             rejected=jnp.zeros([], jnp.int32),
         )
 
@@ -267,12 +271,14 @@ def lama_scale(
         def all_finite(*arrays: jax.Array) -> jax.Array:
             return functools.reduce(jnp.logical_and, map(jnp.isfinite, arrays))
 
-        finite = jax.tree.map(all_finite, new_updates, mu, nu)
+        # The moments' check does not read the step: it would be computed for each of the three.
+        kept = jax.tree.map(all_finite, mu, nu)
+        moved = jax.tree.map(lambda k, u: k & jnp.isfinite(u), kept, new_updates)
         none = optax.tree.zeros_like(updates)
-        return jax.tree.map(jnp.where, finite, new_updates, none), LamaState(
+        return jax.tree.map(jnp.where, moved, new_updates, none), LamaState(
             count=count,
-            mu=jax.tree.map(jnp.where, finite, mu, state.mu),
-            nu=jax.tree.map(jnp.where, finite, nu, state.nu),
+            mu=jax.tree.map(jnp.where, kept, mu, state.mu),
+            nu=jax.tree.map(jnp.where, kept, nu, state.nu),
             curvature=latest.mean,
             curvature_weight=latest.weight,
             alpha=alpha,

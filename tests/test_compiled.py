@@ -74,6 +74,22 @@ def test_a_skipped_step_copies_no_moments(estimator):
     assert {operand for _, operand in copies(compiled)} <= {"params"}
 
 
+@pytest.mark.parametrize("key", [0, jax.random.key(1)], ids=["seed", "key"])
+def test_a_fresh_state_can_be_donated(key):
+    tx = lama_adam(1e-3, estimator=hutchinson(1), key=key)
+
+    def step(params, state):
+        grads = jax.grad(value_fn)(params)
+        updates, state = tx.update(grads, state, params, value_fn=value_fn)
+        return optax.apply_updates(params, updates), state
+
+    donating = jax.jit(step, donate_argnums=(0, 1))
+    # Twice: the first must not have taken the optimizer's own key.
+    for _ in range(2):
+        _, state = donating(jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS))
+    assert state[0].count == 1
+
+
 def test_the_estimate_shares_the_gradients_evaluation():
     """One program holds fewer products than the gradient's and the estimate's together."""
     estimate = jax.jit(

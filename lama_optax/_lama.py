@@ -271,14 +271,12 @@ def lama_scale(
         def all_finite(*arrays: jax.Array) -> jax.Array:
             return functools.reduce(jnp.logical_and, map(jnp.isfinite, arrays))
 
-        # The moments' check does not read the step: it would be computed for each of the three.
-        kept = jax.tree.map(all_finite, mu, nu)
-        moved = jax.tree.map(lambda k, u: k & jnp.isfinite(u), kept, new_updates)
+        finite = jax.tree.map(all_finite, new_updates, mu, nu)
         none = optax.tree.zeros_like(updates)
-        return jax.tree.map(jnp.where, moved, new_updates, none), LamaState(
+        return jax.tree.map(jnp.where, finite, new_updates, none), LamaState(
             count=count,
-            mu=jax.tree.map(jnp.where, kept, mu, state.mu),
-            nu=jax.tree.map(jnp.where, kept, nu, state.nu),
+            mu=jax.tree.map(jnp.where, finite, mu, state.mu),
+            nu=jax.tree.map(jnp.where, finite, nu, state.nu),
             curvature=latest.mean,
             curvature_weight=latest.weight,
             alpha=alpha,

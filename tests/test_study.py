@@ -29,7 +29,7 @@ from benchmarks.study._workloads import all_workloads
 ROOT = Path(__file__).parents[1]
 
 # Flax and optax promote implicitly.
-pytestmark = pytest.mark.standard_promotion
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation")]
 
 
 class FakeTrainer(Trainer):

@@ -135,6 +135,8 @@ def layer_fields(bench: Bench, history: History, *, rearranged: bool = False) ->
     if not seen or not len(next(iter(seen.values()))):
         return {}
     groups = bench.trainer.groups
+    if next(iter(seen.values())).shape[-1] != len(groups.sizes):
+        return {}  # a question that takes other layers than the workload's modules
     fields: Line = {"layers": list(layer_names(bench.trainer.params))}
     times = {"start": 0, "middle": CHECKPOINTS // 2, "end": CHECKPOINTS - 1}
     for key in ("curvature", "q"):

@@ -105,7 +105,7 @@ def lama_scale(
         params that returns one; see `layer_names`.
       update_interval: estimate at every n-th step, from the first; between them no product is
         made, nothing is copied and the curvature stays. On a CPU, XLA makes the derivatives of
-        convolutions 40 to 200 times slower inside the condition that this takes; there let
+        convolutions much slower inside the condition that this takes; there let
         ``flipout()`` estimate, which up to 8 layers needs none, or pass ``curvature``.
       curvature_decay: decay of a bias-corrected moving average over the estimates made, in
         [0, 1); 0 keeps the last estimate alone.

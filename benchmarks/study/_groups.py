@@ -17,6 +17,7 @@ class Groups(NamedTuple):
     sizes: tuple[int, ...]
     names: tuple[str, ...]
 
+    # The name hides tuple.count.
     @property
     def count(self) -> int:  # type: ignore[override]
         """L, the number of layers."""

@@ -52,10 +52,13 @@ class Rearranged:
         return found._replace(mean=mean)
 
 
+def _is_lama(x: Any) -> bool:
+    return isinstance(x, LamaState)
+
+
 def lama_observe(state: PyTree) -> dict[str, jax.Array]:
     """What LAMA did to each layer in one step; its state is found anywhere inside."""
-    is_lama = lambda x: isinstance(x, LamaState)  # noqa: E731
-    (lama,) = filter(is_lama, jax.tree.leaves(state, is_leaf=is_lama))
+    (lama,) = filter(_is_lama, jax.tree.leaves(state, is_leaf=_is_lama))
     # Eq. 3 divides by Adam's sum of weights, whatever alpha is.
     gain = lama.weight_sum / (1 - 0.9 ** lama.count.astype(float))
     return {"curvature": lama.curvature, "alpha": lama.alpha, "gain": gain}

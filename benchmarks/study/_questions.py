@@ -111,7 +111,7 @@ def _scheduled(value: str, steps: int) -> Program:
         if value == "lambda falls to 0":
             strength = falling
         elif value == "lambda rises from 0":
-            strength = lambda t: 1.0 - falling(t)  # noqa: E731
+            strength = optax.linear_schedule(0.0, 1.0, steps)
         elif value == "alpha narrows to 1":
             narrow = falling
         return optax.inject_hyperparams(built)(

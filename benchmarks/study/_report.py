@@ -79,6 +79,7 @@ def main(results: Path, output: Path | None = None) -> Path:
             sections.append(write(study))
             bar.update()
         for name, draw in FIGURES.items():
+            # mypy infers no type for a default argument of a lambda.
             if save(results / name, lambda draw=draw: draw(study)):  # type: ignore[misc]
                 drawn.append(name)
             bar.update()

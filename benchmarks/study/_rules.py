@@ -61,6 +61,7 @@ class Measured(NamedTuple):
     gradient: PyTree  # P^(1/2) g, the gradient in the preconditioned metric
     preconditioned: Callable[[PyTree], PyTree]  # z -> P^(1/2) H P^(1/2) z
     key: jax.Array
+    # As in `RuleState`: the name hides tuple.count.
     count: jax.Array  # type: ignore[assignment]
 
 

@@ -129,7 +129,7 @@ class _Hutchinson:
         """One probe at a time: measured, no slower than vmapped ones and in the least memory.
 
         XLA's CPU compiler has no fast code for a convolution's derivatives in a loop: there they
-        take 40 to 200 times as long, and all probes are vmapped.
+        take many times as long, and all probes are vmapped.
         """
         is_slow_in_a_loop = "conv_general_dilated" in primitives and jax.default_backend() == "cpu"
         return self.num_probes if is_slow_in_a_loop else 1

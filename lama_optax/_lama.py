@@ -144,12 +144,15 @@ def lama_scale(
       >>> from lama_optax import lama_scale
       >>> loss_fn = lambda params: jnp.sum((params["w"] - 1.0) ** 2)
       >>> tx = optax.chain(lama_scale(), optax.scale_by_learning_rate(0.1))
+      >>> @jax.jit
+      ... def train_step(params, state):
+      ...     grads = jax.grad(loss_fn)(params)
+      ...     updates, state = tx.update(grads, state, params, value_fn=loss_fn)
+      ...     return optax.apply_updates(params, updates), state
       >>> params = {"w": jnp.zeros(3)}
       >>> state = tx.init(params)
       >>> for _ in range(50):
-      ...     grads = jax.grad(loss_fn)(params)
-      ...     updates, state = tx.update(grads, state, params, value_fn=loss_fn)
-      ...     params = optax.apply_updates(params, updates)
+      ...     params, state = train_step(params, state)
       >>> bool(loss_fn(params) < 1e-2)
       True
     """

@@ -24,6 +24,7 @@ Hypers = dict[str, Any]
 QUESTION_WORKLOADS = ("digits_mlp", "breast_cancer")
 SEEDS = 50
 LAMBDAS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
+QUICK_LAMBDAS = (0.1, 10.0)
 ALPHA_RANGES = ((1, 1), (0.9, 1.1), (0.75, 1.25), (0.5, 1.5), (0, 2), (0.5, 1), (1, 1.5))
 #: Learning rates tried anew for each lambda, over LAMA's tuned one.
 RETUNED = tuple(10 ** (i / 4) for i in range(-5, 4))
@@ -57,7 +58,7 @@ def ask(base: Hypers, steps: int, quick: bool) -> Iterator[Question]:
 
     for decay in (0.0, 0.5, 0.9, 0.99, 0.999):
         yield with_hypers("curvature_decay", decay, curvature_decay=decay)
-    for sensitivity in (*(-x for x in reversed(LAMBDAS)), 0.0, *LAMBDAS):
+    for sensitivity in _sensitivities(quick):
         yield with_hypers("sensitivity", sensitivity, sensitivity=sensitivity)
     for low, high in ALPHA_RANGES:
         yield with_hypers("alpha_range", f"{low:g} to {high:g}", alpha_min=low, alpha_max=high)
@@ -144,7 +145,7 @@ def questions(bench: Bench, quick: bool) -> None:
             _answer(bench, trainer, asked, identity, {})
         else:
             bench.skip(asked.built, len(seeds))
-    _retuned(bench, trainer, base)
+    _retuned(bench, trainer, base, quick)
     if not quick:
         _learned(bench, trainer, base)
 
@@ -159,7 +160,7 @@ def question_work(bench: Bench, quick: bool) -> float:
     seeds, selecting = len(question_seeds(bench)), len(tune_seeds(bench))
     base = {"lr": 1.0, "sensitivity": 1.0}
     total = sum(bench.work(q.built, seeds) for q in ask(base, bench.workload.steps, quick))
-    runs = (2 * len(LAMBDAS) + 1) * (len(RETUNED) * selecting + seeds)
+    runs = len(_sensitivities(quick)) * (len(RETUNED) * selecting + seeds)
     runs += 0 if quick else LEARNED_TRIALS * selecting + 2 * seeds
     return total + bench.work(lama_program(), runs)
 
@@ -179,10 +180,16 @@ def _answer(bench: Bench, trainer: Trainer, asked: Question, identity: str, fiel
     )
 
 
-def _retuned(bench: Bench, trainer: Trainer, base: Hypers) -> None:
+def _sensitivities(quick: bool) -> tuple[float, ...]:
+    """Of both signs, with 0 between them."""
+    positive = QUICK_LAMBDAS if quick else LAMBDAS
+    return *(-x for x in reversed(positive)), 0.0, *positive
+
+
+def _retuned(bench: Bench, trainer: Trainer, base: Hypers, quick: bool) -> None:
     """Lambda again, each with the learning rate that suits it."""
     rates = [float(f"{base['lr'] * factor:.6g}") for factor in RETUNED]
-    for sensitivity in (*(-x for x in reversed(LAMBDAS)), 0.0, *LAMBDAS):
+    for sensitivity in _sensitivities(quick):
         hypers = base | {"sensitivity": sensitivity, "curvature_decay": 0.0}
         trials = [hypers | {"lr": rate} for rate in rates]
         _select(bench, trainer, "sensitivity_retuned", sensitivity, trials)

@@ -124,7 +124,7 @@ def test_a_folder_with_everything_in_it(tmp_path):
     assert "{" not in text
     assert "nan" not in text.lower()
     assert str(tmp_path) not in text
-    assert "V2, V3 and V4" in text  # not run
+    assert "V2, V3, V4 and V6" in text  # not run
     assert "No: tuned LAMA has a higher held-out loss than Adam(lr, b1)" in text
 
 
@@ -230,6 +230,8 @@ def rule_study(effects):
         ("v3", {"adam_b1": 0, "v3": -0.05, "v3_global": -0.05}, "falsified"),
         ("v4", {"v4": 0.0, "v4_fixed": 0.05}, "survives"),
         ("v4", {"v4": 0.0, "v4_fixed": 0.0}, "falsified"),
+        ("v6", {"adam_b1": 0, "v6": -0.05, "v6_shuffled": 0.0}, "survives"),
+        ("v6", {"adam_b1": 0, "v6": -0.05, "v6_shuffled": -0.05}, "falsified"),
     ],
 )
 def test_rules_are_falsified_by_the_issues_criteria(rule, effects, expected):

@@ -218,6 +218,23 @@ def test_v5_caps_the_rate(x64, monkeypatch):
     assert (rates[0] == lr).any()
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("power", [0.4, -1.0])
+def test_v6_sets_the_rate_by_relative_curvature(x64, shift, power):
+    lr, b1 = 0.05, 0.8
+    factors = []
+
+    def decide(q, gradient, t):
+        factors.append(np.clip((np.median(q) / q) ** power, 0.1, 10))
+        return b1 * ONES, lr * np.roll(factors[-1], shift), ONES
+
+    tx = rules.relative_curvature_rate(lr, b1, power, shift, KEY)
+    assert_same_path(tx, reference(decide, lr_in_q=lr))
+    # The layers differ, and with the larger power a bound is met.
+    assert np.ptp(factors[0]) > 0.5
+    assert (np.abs(np.log10(factors)).max() == 1) == (abs(power) > 0.5)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_v5_finds_the_largest_eigenvalue_of_each_block(seed):
     """A full Hessian in which the layers are coupled; gradients stay, so P stays too."""

@@ -51,6 +51,9 @@ def _axes(name: str, trials: int) -> tuple[Axis, ...]:
         return _rate(*adam, quarter), _momentum(2), nu
     if name == "v5":
         return _rate(*adam, quarter), _momentum(2), Axis("c", "log", -1.0, 0.0, 2)
+    if name == "v6":
+        power = Axis("power", "linear", -0.25, 0.25, 2, (-1.0, 1.0))
+        return _rate(*adam, quarter), _momentum(2), power
     if name in ("v3", "v3_global"):
         return (_rate(-4.0, 1.0, trials),)
     return (_rate(*adam, trials),)

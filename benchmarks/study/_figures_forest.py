@@ -70,7 +70,7 @@ def rules(study: Study) -> Figure | None:
         against(study, rule)._replace(look=i) for i, rule in enumerate(RULES) if study.judge(rule)
     ]
     by_title = {"minus its control": beaten, f"minus {label(BASE)}": versus_adam}
-    return panels(by_title, study.workloads, "Rules V1 to V5, same seeds", row_height=0.7)
+    return panels(by_title, study.workloads, "Rules V1 to V6, same seeds", row_height=0.7)
 
 
 def aggregates(study: Study) -> Figure | None:

@@ -26,6 +26,7 @@ CONTROL_PROGRAMS = {
     "lama_shuffled": "lama",
     "lama_flipped": "lama",
     "v1_shuffled": "v1",
+    "v6_shuffled": "v6",
 }
 
 
@@ -58,7 +59,7 @@ def _control(bench: Bench, name: str) -> Hypers:
     """The hyper-parameters of a control, from the arm that it explains."""
     of = finished(bench, CONTROLS[name])
     hypers = of["hypers"]
-    if name in ("lama_shuffled", "v1_shuffled"):
+    if name in ("lama_shuffled", "v1_shuffled", "v6_shuffled"):
         return hypers | {"shift": 1}
     if name == "lama_flipped":
         return hypers | {"sensitivity": -hypers["sensitivity"]}

@@ -188,4 +188,5 @@ PROGRAMS: dict[str, Program] = {
     "v3": _ruled(rules.yellowfin_by_layer, lr=1.0, pool=0.0),
     "v4": _ruled(rules.quasi_hyperbolic, lr=1e-3, b1=0.9, nu=-1.0),
     "v5": _ruled(rules.capped_rate, 2, lr=1e-3, b1=0.9, c=1.0),
+    "v6": _ruled(rules.relative_curvature_rate, lr=1e-3, b1=0.9, power=0.0, shift=0),
 }

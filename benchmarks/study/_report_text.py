@@ -37,6 +37,8 @@ LABELS = {
     "v4": "V4 quasi-hyperbolic",
     "v4_fixed": "V4 with fixed nu",
     "v5": "V5 curvature caps the rate",
+    "v6": "V6 curvature sets the rate",
+    "v6_shuffled": "V6 with shuffled rates",
     "layer_momenta": "momentum per layer",
     "layer_rates": "learning rate per layer",
     "global_momentum": "one b1",

@@ -1,4 +1,4 @@
-r"""Candidate rules V1 to V5: optimizers whose momentum or rate follows the curvature of each layer.
+r"""Candidate rules V1 to V6: optimizers whose momentum or rate follows the curvature of each layer.
 
 All are in unit-gain form and preconditioned as Adam is,
 
@@ -29,6 +29,7 @@ Number = float | jax.Array
 Q_DECAY = 0.9  # of the moving average of q
 Q_FLOOR = 1e-6  # below it, or negative, q counts as this: its logarithm is taken
 MAX_MOMENTUM = 0.999
+RATE_RANGE = 10.0  # V6: a layer's rate over the common one, at most; its inverse, at least
 
 
 class Decision(NamedTuple):
@@ -252,3 +253,22 @@ def capped_rate(
         return Decision(b1 * ones, jnp.minimum(learning_rate, bound), ones), (direction, quotient)
 
     return ruled_adam(rule, learning_rate, key=key, memory=start)
+
+
+def relative_curvature_rate(
+    learning_rate: Number, b1: Number, power: Number, shift: Number, key: jax.Array
+) -> optax.GradientTransformationExtraArgs:
+    """V6: lr_l = lr clip((median_k q_k / q_l)^power, 1/10, 10), b global.
+
+    With ``power`` = 1 the layers' lr_l q_l are alike, with 0 it is Adam. With ``shift`` = 1 every
+    layer gets its neighbour's rate, the control.
+    """
+
+    def rule(seen: Measured, memory: PyTree) -> tuple[Decision, PyTree]:
+        log_q = jnp.log(jnp.maximum(seen.q, Q_FLOOR))
+        factor = jnp.exp(power * (jnp.median(log_q) - log_q))
+        factor = jnp.roll(jnp.clip(factor, 1 / RATE_RANGE, RATE_RANGE), shift)
+        ones = _everywhere(1.0, seen.groups)
+        return Decision(b1 * ones, learning_rate * factor, ones), memory
+
+    return ruled_adam(rule, learning_rate, key=key)

@@ -43,6 +43,7 @@ ARMS = (
     "v4",
     "v4_fixed",
     "v5",
+    "v6",
 )
 
 #: Not tuned: each is made from the selected trial of the arm that it explains.
@@ -52,6 +53,7 @@ CONTROLS = {
     "lama_shuffled": "lama",
     "lama_flipped": "lama",
     "v1_shuffled": "v1",
+    "v6_shuffled": "v6",
 }
 
 PHASES = ("tune", "final", "headroom", "questions", "report")

@@ -44,6 +44,6 @@ def test_archives_hold_the_package_alone(archives):
     with tarfile.open(archives[".gz"]) as sdist:
         top = {member.split("/")[1] for member in sdist.getnames()}
     assert top <= {
-        *("lama_optax", "tests", "README.md", "CHANGELOG.md", "LICENSE"),
+        *("lama_optax", "README.md", "CHANGELOG.md", "LICENSE"),
         *("pyproject.toml", "PKG-INFO", ".gitignore"),
     }

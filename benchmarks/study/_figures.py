@@ -12,6 +12,8 @@ matplotlib.use("Agg")  # files only, no display
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.scale import SymmetricalLogScale
+from matplotlib.ticker import NullLocator
 
 from benchmarks.study._statistics import MARGIN, Interval
 
@@ -35,6 +37,8 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 ALL = "all workloads"
+#: An axis longer than this, in per cent, is stretched around 0.
+LONG = 20.0
 LOSS_LABEL = "relative difference in held-out loss, %\n(left: lower; band: equivalent)"
 
 
@@ -89,11 +93,24 @@ def forest(
     axes.set_yticks(range(len(rows)), [row.replace("_", " ") for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(low, high)
+    stretch(axes, "x", low, high)
     axes.set_xlabel(LOSS_LABEL)
     axes.grid(visible=False, axis="y")
 
 
-def _limits(series: Sequence[Series], most: float = 60) -> tuple[float, float]:
+def stretch(axes: Axes, which: str, low: float, high: float) -> None:
+    """Draws an axis of per cent, "x" or "y", if it is long, linear to 5, logarithmic beyond."""
+    if high - low <= LONG:
+        return
+    axes.set(**{f"{which}scale": SymmetricalLogScale(None, linthresh=5, linscale=1.5)})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    sizes = (2, 5, 10, 20, 50, 100, 200, 500, 1000)
+    ticks = [t for t in (*(-s for s in reversed(sizes)), 0, *sizes) if low <= t <= high]
+    axis.set_ticks(ticks, labels=[f"{t:g}" for t in ticks])
+    axis.set_minor_locator(NullLocator())
+
+
+def _limits(series: Sequence[Series], most: float = 250) -> tuple[float, float]:
     """Ends of the axis, per cent: all but the farthest ends of intervals, 2 to ``most`` apart."""
     ends = [100 * x for one in series for p in one.points.values() for x in p if math.isfinite(x)]
     if not ends:

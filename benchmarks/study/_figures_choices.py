@@ -15,6 +15,7 @@ from benchmarks.study._figures import (
     name_axes,
     small_multiples,
     spaced,
+    stretch,
 )
 from benchmarks.study._report_data import Study
 from benchmarks.study._report_questions import QUESTIONS, judge_question, questions, reference
@@ -51,6 +52,7 @@ def open_choices(study: Study) -> Figure | None:
             ha="right" if long else "center",
             fontsize=8,
         )
+        stretch(ax, "y", *ax.get_ylim())
         ax.set_title(QUESTIONS.get(question, (question,))[0], fontsize=10)
     for ax in axes[:: columns_of(len(asked))]:
         ax.set_ylabel("relative difference, %")

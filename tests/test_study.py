@@ -93,6 +93,14 @@ def test_every_arm_gets_the_same_trials_until_no_optimum_is_at_an_edge(fake, tmp
     assert len({line["trials"] for line in searches}) == 1
 
 
+def test_an_arm_that_comes_later_gets_as_many_trials(fake, tmp_path):
+    """v1's first optimum is at an edge, adam's is not: alone it would stop after one round."""
+    run_phases(settings(tmp_path, "--arms", "v1"), ["tune"])
+    run_phases(settings(tmp_path, "--arms", "v1,adam"), ["tune"])
+    first, later = (len(lines(tmp_path, kind="tune", arm=arm)) for arm in ("v1", "adam"))
+    assert first == later > 24
+
+
 def test_controls_are_what_they_say(fake, tmp_path):
     run_phases(settings(tmp_path, "--arms", "adam,lama"), ["tune", "final"])
     (lama,) = lines(tmp_path, kind="final", arm="lama")

@@ -25,10 +25,15 @@ def tune(bench: Bench, arms: Sequence[str]) -> None:
             grids[arm.name] = _grid(arm, earlier, number)
         for arm in built:
             _run_round(bench, arm, grids[arm.name], number)
-        if not any(at_edge(bench, arm) for arm in built):
+        if not any(at_edge(bench, arm) or _has_later(bench, arm, number) for arm in built):
             left = (bench.rounds - number - 1) / bench.rounds
             bench.progress.expect(-left * tune_work(bench, arms))
             break
+
+
+def _has_later(bench: Bench, arm: Arm, number: int) -> bool:
+    """Whether an arm had rounds after this one already: an arm that came later gets them too."""
+    return any(line["round"] > number for line in trials(bench, arm.name))
 
 
 def _grid(arm: Arm, earlier: Sequence[Line], number: int) -> list[Hypers]:

@@ -89,8 +89,8 @@ def lama_scale(
     The trace is estimated from ``value_fn``, which ``update`` takes by keyword.
 
     A layer whose estimate is not finite keeps its last finite curvature (0 before the first),
-    and ``state.rejected`` counts it. An entry whose gradient is not finite, or whose moments
-    overflow, keeps its moments and gets the update 0: nothing non-finite reaches the state.
+    and ``state.rejected`` counts it. An entry whose gradient is not finite, or whose square
+    overflows, keeps its moments and gets the update 0: nothing non-finite reaches the state.
 
     Args:
       b1: momentum that Eq. 9's factor multiplies, in [0, 1).
@@ -172,6 +172,8 @@ def lama_scale(
     check_estimator(estimator)
     if mu_dtype is not None:
         check_float_dtype("mu_dtype", mu_dtype)
+    # Then moments stay near the gradients, whose squares are finite, and so do their quotients.
+    is_bounded = max_momentum is not None and isinstance(eps, int | float) and eps >= 1e-10
 
     def factor_and_momentum(curvature: jax.Array) -> tuple[jax.Array, jax.Array]:
         limits = (as_scalar(x, curvature.dtype) for x in (alpha_min, alpha_max, sensitivity))
@@ -246,40 +248,48 @@ def lama_scale(
         gain = decay if momentum == "ema" else as_scalar(b1, decay.dtype)
         weight = jnp.full_like(decay, 1 - gain)
         weight_sum = eq.first_moment(state.weight_sum, jnp.ones_like(decay), decay, weight)
+        if max_momentum is None:
+            weight_sum = _saturated(weight_sum, weight_sum.dtype)
+
+        # Decided from the gradient alone and before the step: from what comes out, XLA would need
+        # a pass of its own for each of moments and step.
+        usable = jax.tree.map(_has_square, updates, state.nu)
 
         def first_moment(
-            g: jax.Array, m: jax.Array, decay: jax.Array, weight: jax.Array
+            g: jax.Array, ok: jax.Array, m: jax.Array, decay: jax.Array, weight: jax.Array
         ) -> jax.Array:
-            return eq.first_moment(m.astype(decay.dtype), g.astype(decay.dtype), decay, weight)
+            m_wide = m.astype(decay.dtype)
+            new = jnp.where(
+                ok, eq.first_moment(m_wide, g.astype(decay.dtype), decay, weight), m_wide
+            )
+            return new if is_bounded and not _is_narrow(m) else _saturated(new, m.dtype)
 
-        def second_moment(g: jax.Array, v: jax.Array) -> jax.Array:
-            return eq.second_moment(v, g.astype(v.dtype), as_scalar(b2, v.dtype))
+        def second_moment(g: jax.Array, ok: jax.Array, v: jax.Array) -> jax.Array:
+            new = eq.second_moment(v, g.astype(v.dtype), as_scalar(b2, v.dtype))
+            return jnp.where(ok, new, v)
 
         def step(m_hat: jax.Array, v_hat: jax.Array) -> jax.Array:
             return eq.adam_step(m_hat, v_hat, as_scalar(eps, v_hat.dtype))
 
         of_leaf = functools.partial(partition.spread, tree=updates)
-        mu = jax.tree.map(first_moment, updates, state.mu, of_leaf(decay), of_leaf(weight))
-        nu = jax.tree.map(second_moment, updates, state.nu)
+        mu = jax.tree.map(first_moment, updates, usable, state.mu, of_leaf(decay), of_leaf(weight))
+        nu = jax.tree.map(second_moment, updates, usable, state.nu)
         if momentum == "ema":
             mu_hat = jax.tree.map(jnp.divide, mu, of_leaf(weight_sum))
         else:
             mu_hat = eq.bias_corrected(mu, as_scalar(b1, decay.dtype), count)
         nu_hat = eq.bias_corrected(nu, as_scalar(b2, decay.dtype), count)
-        new_updates = jax.tree.map(step, mu_hat, nu_hat)
+        new_updates = optax.tree.cast_like(jax.tree.map(step, mu_hat, nu_hat), updates)
 
-        new_updates = optax.tree.cast_like(new_updates, updates)
-        mu = optax.tree.cast_like(mu, state.mu)
+        def made(u: jax.Array, ok: jax.Array) -> jax.Array:
+            if not is_bounded or _is_narrow(u):
+                ok = ok & jnp.isfinite(u)
+            return jnp.where(ok, u, 0)
 
-        def all_finite(*arrays: jax.Array) -> jax.Array:
-            return functools.reduce(jnp.logical_and, map(jnp.isfinite, arrays))
-
-        finite = jax.tree.map(all_finite, new_updates, mu, nu)
-        none = optax.tree.zeros_like(updates)
-        return jax.tree.map(jnp.where, finite, new_updates, none), LamaState(
+        return jax.tree.map(made, new_updates, usable), LamaState(
             count=count,
-            mu=jax.tree.map(jnp.where, finite, mu, state.mu),
-            nu=jax.tree.map(jnp.where, finite, nu, state.nu),
+            mu=optax.tree.cast_like(mu, state.mu),
+            nu=nu,
             curvature=latest.mean,
             curvature_weight=latest.weight,
             alpha=alpha,
@@ -311,6 +321,23 @@ def _absorb(state: LamaState, mean: jax.Array, decay: ArrayLike) -> _Curvature:
         weight=jnp.where(finite, weight, state.curvature_weight),
         rejected=state.rejected + jnp.sum(~finite, dtype=state.rejected.dtype),
     )
+
+
+def _saturated(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The nearest number that the dtype holds."""
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -largest, largest)
+
+
+def _is_narrow(x: jax.Array) -> bool:
+    """Whether what `_has_square` lets pass may leave this dtype's range: float16."""
+    return float(jnp.finfo(x.dtype).max) < 1e30
+
+
+def _has_square(g: jax.Array, v: jax.Array) -> jax.Array:
+    """Whether a gradient's square is finite in the second moment's dtype."""
+    # Half of the root, so that rounding in an average of squares never reaches the limit.
+    return jnp.abs(g).astype(v.dtype) < float(jnp.finfo(v.dtype).max) ** 0.5 / 2
 
 
 def _curvature_array(curvature: Any, params: PyTree, partition: Layers) -> jax.Array:

@@ -534,6 +534,23 @@ def test_entry_with_a_gradient_that_is_not_finite_stays(bad, momentum):
         assert state.nu[1] == clean_state.nu[1]
 
 
+@pytest.mark.parametrize("momentum", ["paper", "ema"])
+def test_momentum_beyond_1_grows_to_the_largest_number_and_no_further(momentum):
+    """1.35^400 is 1e52: without a cap, moments and weights stop at float32's 3.4e38."""
+    tx = lama_scale(max_momentum=None, sensitivity=1e6, momentum=momentum)
+    params = jnp.zeros(2)
+
+    def step(state, _):
+        updates, state = tx.update(jnp.ones(2), state, params, curvature=jnp.ones(1))
+        finite = [jnp.isfinite(x).all() for x in (updates, state.mu, state.nu, state.weight_sum)]
+        return state, jnp.stack(finite)
+
+    state, finite = jax.lax.scan(step, tx.init(params), None, length=400)
+    assert state.momentum[0] > 1.3
+    assert finite.all()
+    assert jnp.abs(state.mu).min() > 3e38
+
+
 def test_update_beyond_float16_is_not_made():
     """m_hat/eps, with a second moment that has gone to 0, is 5e7; float16 ends at 65504."""
     params = jnp.zeros(1, jnp.float16)

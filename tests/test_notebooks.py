@@ -31,6 +31,8 @@ def own_kernel(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([library, *inherited]))
     # A reader has one CPU device, not the eight virtual ones of the tests.
     monkeypatch.delenv("XLA_FLAGS", raising=False)
+    # They compile more than they run: LLVM need not try hard.
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     return "python3"
 
 

@@ -25,6 +25,9 @@ from lama_optax import hutchinson, lam, lama_adam
 from lama_optax._layers import resolve_layers
 from lama_optax._probes import PROBES
 
+# What is tested is how XLA partitions, which is before LLVM.
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 STEPS = 20
 TOLERANCE = 1e-6
 

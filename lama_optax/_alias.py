@@ -43,8 +43,8 @@ def lama_adam(
     where :math:`u_t` is the update of `lama_scale` and :math:`w` the weight decay.
 
     Use it to see each layer's curvature while Adam trains, or to study momentum per layer. Do not
-    use it for a lower loss: on nine workloads, tuned against tuned, its held-out loss was 3.65 %
-    above that of Adam with b1 tuned (95 % interval 2.36 to 4.98), and it took 3.1 times the
+    use it for a lower loss: on nine workloads, tuned against tuned, its held-out loss was 3.57 %
+    above that of Adam with b1 tuned (95 % interval 2.23 to 4.88), and it took 3.1 times the
     gradients to the same loss. Use ``optax.adam(learning_rate, b1)`` instead, and tune both;
     where ``sensitivity`` seems to help, tune Adam's learning rate first: Adam with the mean gain
     of Eq. 6 did as well. All figures are from ``benchmarks/RESULTS.md``.
@@ -59,7 +59,7 @@ def lama_adam(
       sensitivity: the document's lambda.
       estimator: of each layer's curvature. By default one probe, and that at every tenth step:
         more probes changed no held-out loss by 1 % and shorter intervals none measurably; at every
-        hundredth step it was 33 % higher on one of two workloads (not significant). Where the
+        hundredth step it was 20 % and 33 % higher on two workloads (not significant). Where the
         curvature itself is read, ``flipout()`` or ``curvature_decay=0.9`` estimate it better.
       layers: what one layer is.
       update_interval: steps from one estimate to the next. The document's setting is 1, with
@@ -152,8 +152,8 @@ def lam(
       \theta_t = \theta_{t-1} - \eta_t \frac{g_t}{\sqrt{v_t} + \varepsilon}
 
     Per weight it equals ``optax.rmsprop(learning_rate, decay=0.9, eps=1e-8, eps_in_sqrt=False)``.
-    Tuned against tuned on nine workloads its held-out loss was 9.63 % above Adam's with b1 tuned
-    (95 % interval 8.38 to 11.0), per layer 19.0 % (17.3 to 20.7): use it where one accumulator a
+    Tuned against tuned on nine workloads its held-out loss was 9.57 % above Adam's with b1 tuned
+    (95 % interval 8.33 to 10.9), per layer 18.9 % (17.3 to 20.7): use it where one accumulator a
     layer is what memory allows (``benchmarks/RESULTS.md``).
 
     Args:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 #: Rounds of tuning at most: the first grid and its extensions or refinements.
-MAX_ROUNDS = 3
+MAX_ROUNDS = 6
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,7 +141,8 @@ def _what_was_run(study: Study) -> str:
     rows = []
     for workload in study.workloads:
         tuned = list(study.lines("tune", workload))
-        final = list(study.lines("final", workload))
+        # After more tuning an arm has a later line, which counts.
+        final = list({line["arm"]: line for line in study.lines("final", workload)}.values())
         trials = {a: len(study.trials(workload, a)) for a in dict.fromkeys(t["arm"] for t in tuned)}
         base = study.runs(workload, BASE)
         rows.append(

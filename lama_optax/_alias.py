@@ -47,7 +47,7 @@ def lama_adam(
     above that of Adam with b1 tuned (95 % interval 2.23 to 4.88), and it took 3.1 times the
     gradients to the same loss. Use ``optax.adam(learning_rate, b1)`` instead, and tune both;
     where ``sensitivity`` seems to help, tune Adam's learning rate first: Adam with the mean gain
-    of Eq. 6 did as well. All figures are from ``benchmarks/RESULTS.md``.
+    of Eq. 6 could not be told from it. All figures are from ``benchmarks/RESULTS.md``.
 
     Args:
       learning_rate: a number or a schedule.

@@ -5,8 +5,13 @@ import itertools
 import math
 from collections.abc import Sequence
 
-#: Rounds of tuning at most: the first grid and its extensions or refinements.
-MAX_ROUNDS = 6
+#: Rounds of tuning: the first grid and its extensions or refinements.
+MIN_ROUNDS = 3
+MAX_ROUNDS = 10
+
+#: Relative difference of two scores below which a direction is flat: a tenth of what counts as
+#: equivalent. A trial inside the grid is then selected before one at an edge.
+FLAT = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +73,8 @@ class Axis:
         """The next round's coordinates: outward from an edge, else around the best."""
         side = self.edge(best, tried)
         if side:
-            # Half a spacing apart, so that what is found is also resolved.
-            wanted = [best + side * spacing / 2 * (i + 1) for i in range(self.count)]
+            # As coarse as the first round: finer steps might never arrive.
+            wanted = [best + side * self.spacing * (i + 1) for i in range(self.count)]
         else:
             middle = (self.count - 1) / 2
             step = 2 * spacing / self.count
@@ -88,14 +93,15 @@ def first_round(axes: Sequence[Axis]) -> list[Hypers]:
 
 
 def next_round(
-    axes: Sequence[Axis], tried: Sequence[Hypers], best: Hypers, number: int
+    axes: Sequence[Axis], tried: Sequence[Hypers], best: Hypers, inside: int
 ) -> list[Hypers]:
-    """As many trials again, for round ``number`` (the first is 0): outward or around the best."""
+    """As many trials again: outward, or around the best, which was inside after so many rounds."""
     columns = []
     for axis in axes:
         coordinates = [axis.coordinate(trial[axis.name]) for trial in tried]
-        # Every round resolves twice as finely as the one before.
-        spacing = axis.spacing / 2 ** (number - 1)
+        # Every round resolves twice as finely as the one before, but none before the optimum is
+        # inside on all axes: on a ridge it moves along one as far as along another.
+        spacing = axis.spacing / 2 ** max(inside - 1, 0)
         columns.append(axis.following(axis.coordinate(best[axis.name]), coordinates, spacing))
     return _product(axes, columns)
 

@@ -13,9 +13,10 @@ from benchmarks.study._store import Line, Store, unit_id, versions
 from benchmarks.study._train import History, Trainer
 from benchmarks.study._workload import Workload
 
-#: Seeds from these on select; the others, on data splits of their own, are reported.
-FIRST_TUNE_SEED = 100_000
-FIRST_FINAL_SEED = 0
+#: Seeds from these on select; the others, on data splits of their own, are reported. Protocol 1
+#: had seen the seeds from 0 and from 100 000.
+FIRST_TUNE_SEED = 300_000
+FIRST_FINAL_SEED = 200_000
 
 
 class Progress:

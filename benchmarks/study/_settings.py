@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 #: Part of every unit's settings: results of another protocol are not mixed with these.
-PROTOCOL = 1
+PROTOCOL = 2
 
 WORKLOADS = (
     "digits_mlp",

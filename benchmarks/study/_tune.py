@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study._arms import Arm, make_arm
-from benchmarks.study._axes import edges, first_round, next_round
+from benchmarks.study._axes import FLAT, MIN_ROUNDS, edges, first_round, next_round
 from benchmarks.study._plan import Bench, tune_seeds
 from benchmarks.study._programs import PROGRAMS
 from benchmarks.study._store import Line
@@ -25,6 +25,8 @@ def tune(bench: Bench, arms: Sequence[str]) -> None:
             grids[arm.name] = _grid(arm, earlier, number)
         for arm in built:
             _run_round(bench, arm, grids[arm.name], number)
+        if number + 1 < min(MIN_ROUNDS, bench.rounds):
+            continue
         if not any(at_edge(bench, arm) or _has_later(bench, arm, number) for arm in built):
             left = (bench.rounds - number - 1) / bench.rounds
             bench.progress.expect(-left * tune_work(bench, arms))
@@ -39,9 +41,12 @@ def _has_later(bench: Bench, arm: Arm, number: int) -> bool:
 def _grid(arm: Arm, earlier: Sequence[Line], number: int) -> list[Hypers]:
     if number == 0:
         return first_round(arm.axes)
-    return next_round(
-        arm.axes, [line["hypers"] for line in earlier], best_trial(earlier)["hypers"], number
-    )
+    inside = 0
+    for last in range(number):
+        known = [line for line in earlier if line["round"] <= last]
+        inside += not _edges(arm, known, best_trial(arm, known))
+    tried = [line["hypers"] for line in earlier]
+    return next_round(arm.axes, tried, best_trial(arm, earlier)["hypers"], inside)
 
 
 def _run_round(bench: Bench, arm: Arm, grid: Sequence[Hypers], number: int) -> None:
@@ -100,15 +105,22 @@ def score(line: Line) -> float:
     return float(np.mean(line["validation_loss"]))
 
 
-def best_trial(lines: Sequence[Line]) -> Line:
-    """The trial of the lowest score; of equals, the first."""
-    return min(lines, key=score)
+def best_trial(arm: Arm, lines: Sequence[Line]) -> Line:
+    """The trial of the lowest score, of equals the first; one inside the grid if nearly as low."""
+    best = min(lines, key=score)
+    inside = [line for line in lines if not _edges(arm, lines, line)]
+    nearly = min(inside, key=score, default=best)
+    return nearly if score(nearly) <= (1 + FLAT) * score(best) else best
 
 
 def at_edge(bench: Bench, arm: Arm) -> list[str]:
     """The hyper-parameters whose selected value is the outermost one tried."""
     tried = trials(bench, arm.name)
-    return edges(arm.axes, [line["hypers"] for line in tried], best_trial(tried)["hypers"])
+    return _edges(arm, tried, best_trial(arm, tried))
+
+
+def _edges(arm: Arm, tried: Sequence[Line], line: Line) -> list[str]:
+    return edges(arm.axes, [other["hypers"] for other in tried], line["hypers"])
 
 
 def selected(bench: Bench, arm: str) -> Line:
@@ -123,4 +135,4 @@ def selected(bench: Bench, arm: str) -> Line:
             f"{bench.workload.name}: {arm} is not tuned yet: run the phase tune first, with the"
             " same --scale and --quick."
         )
-    return best_trial(tried)
+    return best_trial(make_arm(arm, bench.workload.trials), tried)

@@ -231,7 +231,8 @@ def lama_scale(
         def estimate() -> _Curvature:
             root = jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(as_typed_key(key)))
             step_key = jax.random.fold_in(root, state.count)
-            return absorb(estimator.estimate(step_key, params, partition, **extra_args).mean)
+            found = estimator.estimate(step_key, params, partition, updates=updates, **extra_args)
+            return absorb(found.mean)
 
         kept = _Curvature(state.curvature, state.curvature_weight, state.rejected)
         if curvature is not None:

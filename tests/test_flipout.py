@@ -7,7 +7,15 @@ import optax
 import pytest
 from flax import linen as nn
 
-from lama_optax import exact_trace, flipout, lama_adam, layer_curvature, layer_names, stacked
+from lama_optax import (
+    exact_trace,
+    flipout,
+    lama_adam,
+    lama_scale,
+    layer_curvature,
+    layer_names,
+    stacked,
+)
 
 # Flax's layers promote implicitly.
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation")]
@@ -137,8 +145,9 @@ def tied():
 MODELS = [mlp, cnn, transformer, rnn, stacked_scan, tied]
 
 
-def _estimates(model, estimator, num_estimates=NUM_ESTIMATES):
+def _estimates(model, estimator, num_estimates=NUM_ESTIMATES, balanced=False):
     params, loss, batch, layers = model()
+    extra = {"updates": jax.grad(_mean(loss, batch))(params)} if balanced else {}
 
     @jax.jit
     def run(keys):
@@ -150,6 +159,7 @@ def _estimates(model, estimator, num_estimates=NUM_ESTIMATES):
                 layers=layers,
                 example_value_fn=loss,
                 batch=batch,
+                **extra,
             ),
             keys,
             batch_size=250,
@@ -168,12 +178,18 @@ def _estimates(model, estimator, num_estimates=NUM_ESTIMATES):
 @pytest.mark.parametrize(
     # In block scope each layer is compiled by itself: the small models cover it.
     ("model", "scope"),
-    [*((model, "joint") for model in MODELS), (mlp, "block"), (stacked_scan, "block")],
+    [
+        *((model, "joint") for model in MODELS),
+        *((model, "balanced") for model in (mlp, rnn, stacked_scan)),
+        *((model, "block") for model in (mlp, stacked_scan)),
+    ],
 )
 def test_unbiased_with_a_calibrated_standard_error(model, scope):
     # The large models' estimates take the longest and vary the least.
     num_estimates = 500 if model in (transformer, cnn) else NUM_ESTIMATES
-    mean, std_error, exact = _estimates(model, flipout(2, scope=scope), num_estimates)
+    balanced = scope == "balanced"
+    estimator = flipout(2, scope="joint" if balanced else scope)
+    mean, std_error, exact = _estimates(model, estimator, num_estimates, balanced)
 
     spread = mean.std(axis=0, ddof=1)
     # float32, for estimates that have no other error: a head with squared error has none.
@@ -218,6 +234,62 @@ def test_variance_falls_with_the_batch_where_examples_are_alike():
 
     # 64 copies: 64 times less, within the error of two variances from 500 heavy-tailed samples.
     np.testing.assert_allclose(variance(1) / variance(64), 64.0, rtol=0.5)
+
+
+def small_and_large():
+    """Two layers that share their Hessian's form; one trace is 2^10 times the other."""
+    params = {"small": {"w": _normal(0, 8)}, "large": {"w": _normal(1, 8)}}
+
+    def loss(p, x):
+        return jnp.sum(x * (p["small"]["w"] + 32 * p["large"]["w"])) ** 2
+
+    return params, loss, _normal(2, 16, 8), "module"
+
+
+def test_a_gradient_keeps_a_small_layer_out_of_the_noise_of_a_large_one():
+    noise = {}
+    for balanced in (False, True):
+        mean, _, exact = _estimates(small_and_large, flipout(scope="joint"), 500, balanced)
+        noise[balanced] = mean.std(axis=0, ddof=1) / exact
+        names = layer_names(small_and_large()[0])
+    small, large = names.index("small"), names.index("large")
+    # The cross term has the variance of the own one, times 2 times the ratio of traces if s = 1.
+    assert noise[False][small] > 20 * noise[False][large]
+    # 500 estimates: the two standard deviations agree within a tenth.
+    np.testing.assert_allclose(noise[True][small], noise[True][large], rtol=0.1)
+
+
+def test_no_gradient_harms_the_estimate():
+    params, loss, batch, _ = small_and_large()
+
+    @jax.jit
+    def found(updates):
+        return layer_curvature(
+            params,
+            0,
+            estimator=flipout(scope="joint"),
+            example_value_fn=loss,
+            batch=batch,
+            updates=updates,
+        ).mean
+
+    ones = {"small": {"w": jnp.ones(8)}, "large": {"w": jnp.ones(8)}}
+    for entry in (0.0, np.nan, np.inf, 1e30):
+        alike = jax.tree.map(lambda p, entry=entry: jnp.full_like(p, entry), params)
+        np.testing.assert_array_equal(found(alike), found(ones))
+        assert np.isfinite(found(ones | {"small": {"w": jnp.full(8, entry)}})).all()
+
+
+def test_an_optimizer_hands_the_gradient_on():
+    params, loss, batch, _ = small_and_large()
+    grads = jax.grad(_mean(loss, batch))(params)
+    tx = lama_scale(estimator=flipout(scope="joint"), key=3)
+    _, state = tx.update(grads, tx.init(params), params, example_value_fn=loss, batch=batch)
+    key = jax.random.fold_in(jax.random.key(3), 0)
+    given = {"estimator": flipout(scope="joint"), "example_value_fn": loss, "batch": batch}
+    with_gradient = layer_curvature(params, key, **given, updates=grads).mean
+    assert np.all(state.curvature == with_gradient)
+    assert np.any(state.curvature != layer_curvature(params, key, **given).mean)
 
 
 def test_trains_inside_an_optimizer():

@@ -37,6 +37,8 @@ from lama_optax.estimators._protocol import (
 )
 
 PyTree = Any
+# The layers' scales differ by at most 2 to this power.
+_MAX_BALANCE = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,7 @@ class _Flipout:
         *,
         example_value_fn: Callable[[PyTree, PyTree], jax.Array] | None = None,
         batch: PyTree = None,
+        updates: PyTree = None,
         **extra_args: Any,
     ) -> LayerCurvature:
         """The mean over examples and probes of ``v_b^T H_b,l v_b``, over N_l."""
@@ -76,13 +79,14 @@ class _Flipout:
         add = shifted if is_block else added
         loss = _ExampleLoss(example_value_fn, params, batch, layers, add)
         num_layers = len(layers.names)
+        scale = _balanced(updates, layers)
 
         def joint(probe: PyTree, own: jax.Array, example: PyTree) -> jax.Array:
             def along(t: jax.Array) -> jax.Array:
                 return loss(t, range(num_layers), probe, own, example)
 
             t = jnp.zeros(num_layers, layers.dtype)
-            return jax.jvp(jax.grad(along), (t,), (jnp.ones_like(t),))[1]
+            return jax.jvp(jax.grad(along), (t,), (scale,))[1] / scale
 
         def block(probe: PyTree, own: jax.Array, example: PyTree) -> jax.Array:
             def second_derivative(layer: int) -> jax.Array:
@@ -114,6 +118,24 @@ class _Flipout:
             std_error=average_curvature(_standard_error(samples, loss.independent), size),
             size=jnp.asarray(layers.sizes, jnp.int32).reshape(num_layers),
         )
+
+
+def _balanced(updates: PyTree, layers: Layers) -> jax.Array:
+    """How far joint scope moves each layer, shape (L,): about 1/|g_l|, or 1 without a gradient.
+
+    With layer k moved by s_k v_k, layer l is read as (1/s_l) sum_k s_k v_l^T H_lk v_k. Its own
+    term is free of s; the others have mean 0 and, where H_lk is of the size of the root of the
+    traces' product, the same relative noise in every layer if s is 1 over the trace's root. A
+    gradient's norm follows that root. Powers of two are exact in every dtype; a layer whose
+    gradient vanishes must not drown the others.
+    """
+    if updates is None:
+        return jnp.ones(len(layers.names), layers.dtype)
+    squares = jax.tree.map(lambda g: jnp.square(g.astype(layers.dtype)), updates)
+    size = 0.5 * jnp.log2(layers.sum(squares))  # -inf where the gradient is 0
+    below = jnp.max(size, initial=-jnp.inf, where=jnp.isfinite(size)) - size
+    below = jnp.round(jnp.clip(jnp.nan_to_num(below, nan=0.0), 0, _MAX_BALANCE))
+    return jnp.exp2(below - _MAX_BALANCE)
 
 
 class _ExampleLoss:
@@ -259,14 +281,18 @@ def flipout(num_probes: int = 1, *, scope: str | None = None) -> _Flipout:
 
     Args:
       num_probes: K, the number of probes for each example; static.
-      scope: ``"joint"``: all layers at once, whatever the depth. ``"block"``: one layer at a time,
-        without the noise of the other layers; cost and compile time grow with the number of layers.
+      scope: ``"joint"``: all layers at once, whatever the depth; in an optimizer, or with the
+        gradient as ``updates``, each layer's probe is scaled by about one over the norm of its
+        gradient, so that no layer drowns in the noise of others whose curvature is larger.
+        ``"block"``: one layer at a time, without the noise of the other layers; cost and compile
+        time grow with the number of layers.
         None: ``"block"`` up to 8 layers, where it was measured to be the cheaper too.
 
     Returns:
       An estimator that needs two arguments by keyword: ``example_value_fn(params, example)``, the
       scalar loss of one example, and ``batch``, a pytree of arrays with the examples along the
-      leading axis. The loss whose curvature it estimates is the mean over the batch.
+      leading axis. The loss whose curvature it estimates is the mean over the batch. A third,
+      ``updates``, the gradient or anything shaped like it, is what an optimizer adds by itself.
 
     Raises:
       ValueError: naming the argument, its value and what is allowed.

@@ -40,8 +40,8 @@ class Estimator(Protocol):
           key: PRNG key for this estimate alone.
           params: pytree of real floating-point arrays.
           layers: the partition of its leaves.
-          **extra_args: what the caller of ``update`` passed; an estimator names what it needs
-            and ignores the rest.
+          **extra_args: what the caller of ``update`` passed, and ``updates``, what the optimizer
+            was given to rescale; an estimator names what it needs and ignores the rest.
         """
         ...
 

@@ -14,6 +14,7 @@ from lama_optax.estimators import Estimator as Estimator
 from lama_optax.estimators import LayerCurvature as LayerCurvature
 from lama_optax.estimators import exact_trace as exact_trace
 from lama_optax.estimators import flipout as flipout
+from lama_optax.estimators import gauss_newton as gauss_newton
 from lama_optax.estimators import hutchinson as hutchinson
 from lama_optax.estimators import layer_curvature as layer_curvature
 

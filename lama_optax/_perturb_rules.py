@@ -9,13 +9,15 @@ Where a dense layer has one row of outputs for each example, and the weight has 
 it does not apply, and raises `DropSigns` where the weight could be followed without some signs.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lama_optax._perturbed import DropSigns, Perturbed, Signs, Value, along, formed
+from lama_optax._perturbed import DropSigns, Perturbed, Signs, Taps, Value, along, formed
 
 
 def _product(
@@ -72,6 +74,21 @@ def _one_row(
     return [weight.add(out, weight.scale.astype(out.dtype), perturbation)]
 
 
+def _tapped(
+    weight: Perturbed,
+    rows: jax.Array,
+    out: jax.Array,
+    axes: Sequence[int],
+) -> list[jax.Array]:
+    """``out`` with the move of `Taps`; ``axes`` are those of ``out`` that the weight brought."""
+    assert isinstance(weight.uses, Taps)
+    rest = [axis for axis in range(out.ndim) if axis not in axes]
+    order = (*rest, *axes)
+    laid = jnp.transpose(out, order)
+    moved = weight.uses.tap(weight.leaf, rows, laid.reshape(rows.shape[0], -1)).reshape(laid.shape)
+    return [jnp.transpose(moved, np.argsort(order))]
+
+
 def _dot_general(params: dict[str, Any], lhs: Value, rhs: Value) -> list[jax.Array] | None:
     if isinstance(lhs, Perturbed) and isinstance(rhs, Perturbed):
         lhs = formed(lhs)
@@ -88,6 +105,12 @@ def _dot_general(params: dict[str, Any], lhs: Value, rhs: Value) -> list[jax.Arr
     def multiply(h: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.dot_general_p.bind(*((w, h) if side == 0 else (h, w)), **params)
 
+    if isinstance(weight.uses, Taps) and not batch[0]:
+        kept = [axis for axis in range(activation.ndim) if axis not in h_met]
+        rows = jnp.transpose(activation, (*kept, *h_met))
+        rows = rows.reshape(math.prod(activation.shape[axis] for axis in kept), -1)
+        own = range(before, before + len(free))
+        return _tapped(weight, rows, multiply(activation, weight.value), own)
     if activation.ndim == len(contract[0]) and len(free) == 1 and not batch[0]:
         outs = _one_row(weight, activation, multiply, free[0])
         if outs is not None:
@@ -106,6 +129,20 @@ def _conv(params: dict[str, Any], lhs: Value, rhs: Value) -> list[jax.Array] | N
     if isinstance(lhs, Perturbed) or not isinstance(rhs, Perturbed) or groups != (1, 1):
         return None
     spec = params["dimension_numbers"]
+    if isinstance(rhs.uses, Taps):
+        patches = jax.lax.conv_general_dilated_patches(
+            lhs,
+            [rhs.value.shape[axis] for axis in spec.rhs_spec[2:]],
+            params["window_strides"],
+            params["padding"],
+            params["lhs_dilation"],
+            params["rhs_dilation"],
+            spec,
+        )
+        feature = spec.out_spec[1]
+        rows = jnp.moveaxis(patches, feature, -1).reshape(-1, patches.shape[feature])
+        out = jax.lax.conv_general_dilated_p.bind(lhs, rhs.value, **params)
+        return _tapped(rhs, rows, out, [feature])
     return _product(
         rhs,
         lhs,

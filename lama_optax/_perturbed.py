@@ -39,6 +39,33 @@ class Uses:
         self._seen.add(leaf)
 
 
+class Taps(Uses):
+    """Adds a move to the outputs of products that use a leaf, and keeps the rows it is met by.
+
+    With rows p of shape (r, k) and a weight of shape (k, o) the derivative by the weight is
+    p^T delta, delta of shape (r, o) the derivative by the move. Any other use raises `UsedAgain`.
+    """
+
+    def __init__(self, moves: dict[int, jax.Array]):
+        """``moves``, each of shape (r, o); a leaf without one is only recorded."""
+        super().__init__(frozenset())
+        self._moves = moves
+        self.rows: dict[int, jax.Array] = {}  # of each leaf: shape=(r, k)
+        self.shapes: dict[int, tuple[int, int]] = {}  # of each leaf's move
+
+    def add(self, leaf: int, repeated: bool = False) -> None:
+        """A use that is no product."""
+        del repeated
+        raise UsedAgain(leaf)
+
+    def tap(self, leaf: int, rows: jax.Array, out: jax.Array) -> jax.Array:
+        """Moves the outputs, shape (r, o), of a product."""
+        if leaf in self.rows:
+            raise UsedAgain(leaf)
+        self.rows[leaf], self.shapes[leaf] = rows, (out.shape[0], out.shape[1])
+        return out + self._moves[leaf] if leaf in self._moves else out
+
+
 class Perturbed(NamedTuple):
     """A weight ``value + scale * signs * probe``."""
 

@@ -33,6 +33,7 @@ from lama_optax._probes import signs
 from lama_optax.estimators._protocol import (
     UNROLLED_LAYERS,
     LayerCurvature,
+    check_batch,
     scalar_objective,
 )
 
@@ -67,12 +68,7 @@ class _Flipout:
                 " example_value_fn=lambda p, example: loss of one example, batch=batch), where the"
                 " arrays of batch have the examples along their leading axis."
             )
-        lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
-        if len(lengths) != 1 or lengths & {(), (0,)}:
-            raise ValueError(
-                "batch must hold arrays with the same number of examples along their leading axis;"
-                f" got shapes {[jnp.shape(x) for x in jax.tree.leaves(batch)]}."
-            )
+        check_batch(batch)
         is_block = self.scope == "block" or (
             self.scope is None and 0 < len(layers.names) <= UNROLLED_LAYERS
         )

@@ -116,6 +116,21 @@ def as_typed_key(key: int | jax.Array) -> jax.Array:
     )
 
 
+def check_batch(batch: PyTree) -> int:
+    """The number of examples along the leading axis of all arrays of ``batch``.
+
+    Raises:
+      ValueError: if they differ or there are none.
+    """
+    lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
+    if len(lengths) != 1 or lengths & {(), (0,)}:
+        raise ValueError(
+            "batch must hold arrays with the same number of examples along their leading axis;"
+            f" got shapes {[jnp.shape(x) for x in jax.tree.leaves(batch)]}."
+        )
+    return lengths.pop()[0]
+
+
 def scalar_objective(
     value_fn: Callable[[PyTree], Any] | None, params: PyTree, has_aux: bool
 ) -> Callable[[PyTree], jax.Array]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lama_optax._perturbed import DropSigns, Perturbed, Signs, Taps, Value, along, formed
 
@@ -86,7 +85,7 @@ def _tapped(
     order = (*rest, *axes)
     laid = jnp.transpose(out, order)
     moved = weight.uses.tap(weight.leaf, rows, laid.reshape(rows.shape[0], -1)).reshape(laid.shape)
-    return [jnp.transpose(moved, np.argsort(order))]
+    return [jnp.transpose(moved, sorted(range(out.ndim), key=order.__getitem__))]
 
 
 def _dot_general(params: dict[str, Any], lhs: Value, rhs: Value) -> list[jax.Array] | None:

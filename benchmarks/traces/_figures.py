@@ -54,7 +54,10 @@ def _work(models: dict[str, Any]) -> Figure:
             found = model["contenders"].get(label, {})
             if "sd" in found:
                 x, y = found["gradients"].median, float(np.median(found["sd"]))
-                axes.plot(x, y, label=label, **looks[label])
+                if y > 0:
+                    axes.plot(x, y, label=label, **looks[label])
+                else:
+                    axes.axvline(x, label=f"{label}: exact", color=looks[label]["color"])
         logarithmic(axes, "xy")
         axes.set_title(model["title"].split(",")[0])
         axes.set(xlabel="time of an estimate, gradients", ylabel="sd / trace, median layer")

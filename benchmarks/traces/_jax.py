@@ -14,8 +14,14 @@ from jax.flatten_util import ravel_pytree
 
 from benchmarks.workbench._environment import NOT_INSTALLED
 from benchmarks.workbench._models import Batch, Model, Params
-from benchmarks.workbench._steps import compiled_estimate
-from lama_optax import Estimator, flipout, hutchinson, layer_names
+from lama_optax import (
+    Estimator,
+    flipout,
+    gauss_newton,
+    hutchinson,
+    layer_curvature,
+    layer_names,
+)
 
 #: Estimates the traces of all layers; a new seed gives a new, independent estimate.
 Estimate = Callable[[int], np.ndarray]
@@ -25,6 +31,7 @@ Maker = Callable[[Model], Estimate]
 #: A program with an operator for each layer compiles for minutes beyond this.
 MAX_OPERATORS = 8
 
+EXACT, QUARTER = "gauss_newton", "flipout joint, a quarter of the batch"
 OURS: dict[str, Estimator] = {
     "hutchinson joint": hutchinson(1),
     "hutchinson joint, Gaussian": hutchinson(1, probe="gaussian"),
@@ -33,15 +40,41 @@ OURS: dict[str, Estimator] = {
     "hutchinson block, Gaussian": hutchinson(1, scope="block", probe="gaussian"),
     "flipout joint": flipout(1, scope="joint"),
     "flipout block": flipout(1, scope="block"),
+    EXACT: gauss_newton(),
 }
+#: Labels of all our own rows.
+OWN = (*OURS, QUARTER)
 
 
-def ours(estimator: Estimator) -> Maker:
-    """One of this library's estimators."""
+def ours(estimator: Estimator, part: int = 1) -> Maker:
+    """One of this library's estimators, given the gradient, which a training step has at hand.
+
+    With ``part`` it sees one ``part``-th of the batch, other examples for each seed.
+    """
 
     def make(model: Model) -> Estimate:
-        compiled = compiled_estimate(model, estimator)
-        return lambda seed: np.asarray(compiled(model.params, model.batch, np.uint32(seed)))
+        task = model.task
+        gradient = jax.jit(jax.grad(task.loss_fn))(model.params, model.batch)
+
+        def estimate(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+            if part > 1:
+                size = len(batch[0])
+                rows = jax.random.choice(jax.random.fold_in(key, 1), size, (size // part,), False)
+                batch = tuple(array[rows] for array in batch)
+            found = layer_curvature(
+                params,
+                key,
+                estimator=estimator,
+                value_fn=lambda p: task.loss_fn(p, batch),
+                example_value_fn=task.loss_fn,
+                example_output_fn=task.output_fn,
+                output_loss_fn=task.output_loss,
+                batch=batch,
+                updates=gradient,
+            )
+            return found.mean * found.size
+
+        return _compile(model, estimate)
 
     return make
 
@@ -49,6 +82,7 @@ def ours(estimator: Estimator) -> Maker:
 def makers() -> dict[str, Maker]:
     """Every contender that runs in JAX."""
     return {label: ours(estimator) for label, estimator in OURS.items()} | {
+        QUARTER: ours(flipout(1, scope="joint"), part=4),
         "matfree": _matfree(1),
         "matfree, K=10": _matfree(10),
         "traceax, v * Hv by layer": _traceax_joint,

@@ -28,6 +28,8 @@ QUICK = (
     "hutchinson block",
     "flipout joint",
     "flipout block",
+    _jax.EXACT,
+    _jax.QUARTER,
     "matfree",
     "traceax, v * Hv by layer",
 )

@@ -86,15 +86,22 @@ class Task:
         """All examples: arrays whose leading axis they share."""
         return self.load()
 
-    def loss_fn(self, params: Params, batch: Batch) -> jax.Array:
-        """Mean loss of a batch; of one example, given without the leading axis, its loss."""
+    def output_fn(self, params: Params, batch: Batch) -> jax.Array:
+        """The network's outputs for a batch, or for one example without the leading axis."""
         inputs = batch[0][..., :-1] if self.loss == "tokens" else batch[0]
+        return jnp.asarray(self.network.apply(params, inputs))
+
+    def output_loss(self, outputs: jax.Array, batch: Batch) -> jax.Array:
+        """The mean loss of outputs."""
         targets = batch[0][..., 1:] if self.loss == "tokens" else batch[1]
-        outputs = jnp.asarray(self.network.apply(params, inputs))
         if self.loss == "binary":
             return jnp.mean(optax.sigmoid_binary_cross_entropy(outputs, targets))
         losses = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
         return jnp.mean(losses)
+
+    def loss_fn(self, params: Params, batch: Batch) -> jax.Array:
+        """Mean loss of a batch; of one example, given without the leading axis, its loss."""
+        return self.output_loss(self.output_fn(params, batch), batch)
 
     def minibatch(self, step: int) -> Batch:
         """The batch of a training step: drawn without repeats, from the seed and the step."""

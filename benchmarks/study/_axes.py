@@ -73,14 +73,15 @@ class Axis:
         """The next round's coordinates: outward from an edge, else around the best."""
         side = self.edge(best, tried)
         if side:
-            # As coarse as the first round: finer steps might never arrive.
-            wanted = [best + side * self.spacing * (i + 1) for i in range(self.count)]
-        else:
-            middle = (self.count - 1) / 2
-            step = 2 * spacing / self.count
-            wanted = [best + (i - middle) * step for i in range(self.count)]
+            # As coarse as the first round, since finer steps might never arrive; up to a bound.
+            end = best + side * self.spacing * self.count
+            end = min(max(end, self.bounds[0]), self.bounds[1])
+            return [best + (end - best) * (i + 1) / self.count for i in range(self.count)]
+        middle = (self.count - 1) / 2
+        step = 2 * spacing / self.count
+        wanted = [best + (i - middle) * step for i in range(self.count)]
         # At a bound the values move together, so that no two are the same.
-        low, high = max(min(wanted), self.bounds[0]), min(max(wanted), self.bounds[1])
+        low, high = max(wanted[0], self.bounds[0]), min(wanted[-1], self.bounds[1])
         return [low + i * (high - low) / max(self.count - 1, 1) for i in range(self.count)]
 
 

@@ -119,11 +119,14 @@ def test_a_folder_with_everything_in_it(tmp_path):
         assert (tmp_path / name).exists() == (f"]({name})" in text), name
     assert sum((tmp_path / name).exists() for name in _report.FIGURES) == len(_report.FIGURES)
     ids = {line["id"] for line in lines if line["kind"] != "tune"}
-    assert all(f"`#{one}`" in text for one in ids)
-    assert f"`{path.name}`" in text
-    assert "{" not in text
-    assert "nan" not in text.lower()
-    assert str(tmp_path) not in text
+    tables = (tmp_path / "TABLES.md").read_text()
+    assert "](TABLES.md)" in text
+    assert all(f"`#{one}`" in tables for one in ids)
+    assert f"`{path.name}`" in tables
+    for written in (text, tables):
+        assert "{" not in written
+        assert "nan" not in written.lower()
+        assert str(tmp_path) not in written
     assert "V2, V3, V4 and V6" in text  # not run
     assert "No: tuned LAMA has a higher held-out loss than Adam(lr, b1)" in text
 

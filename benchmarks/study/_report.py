@@ -52,6 +52,8 @@ FIGURES: dict[str, Callable[[Study], Figure | None]] = {
     "headroom.png": forests.headroom,
     "rules.png": forests.rules,
 }
+#: Beside the lines: the long tables, and which lines each figure comes from.
+TABLES = "TABLES.md"
 #: Sections whose answers stand at the top: one line each.
 ANSWERS: tuple[tuple[int, ...], ...] = ((0,), (1,), (2,), (3,), (6, 7))
 
@@ -60,7 +62,8 @@ def main(results: Path, output: Path | None = None) -> Path:
     """Writes the report of a results folder.
 
     Args:
-      results: folder with the study's ``.jsonl`` files; the pictures are written there too.
+      results: folder with the study's ``.jsonl`` files; pictures and long tables are written there
+        too.
       output: the file to write; by default ``benchmarks/RESULTS.md`` for the committed results
         and ``RESULTS.md`` inside ``results`` for others.
 
@@ -85,7 +88,9 @@ def main(results: Path, output: Path | None = None) -> Path:
             bar.update()
     folder = Path(os.path.relpath(results, output.parent)).as_posix()
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(compose(study, sections, drawn, folder), encoding="utf-8")
+    page, tables = compose(study, sections, drawn, folder)
+    output.write_text(page, encoding="utf-8")
+    (results / TABLES).write_text(tables, encoding="utf-8")
     print(f"{output}: {sections[0].answer}", file=sys.stderr)
     return output
 
@@ -97,16 +102,21 @@ def default_output(results: Path) -> Path:
     return (results.parent.parent if committed else results) / "RESULTS.md"
 
 
-def compose(study: Study, sections: list[Section], drawn: list[str], folder: str) -> str:
-    """The whole report; a picture that was not drawn is left out."""
+def compose(
+    study: Study, sections: list[Section], drawn: list[str], folder: str
+) -> tuple[str, str]:
+    """The page and its long tables; a picture that was not drawn is left out."""
     lines = [" ".join(sections[i].answer for i in group) for group in ANSWERS]
     answers = "\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))
+    where = f"[{folder}]({folder})" if folder != "." else "this folder"
+    written = (
+        f"Written by `python -m benchmarks.study report` from the JSON lines in {where}; the"
+        " protocol is in `benchmarks/README.md`. Every arm on every workload, and the lines that"
+        f" each figure comes from: [{TABLES}]({folder}/{TABLES})."
+    )
     parts = [
         "# Does layer-adaptive momentum help?",
-        "Written by `python -m benchmarks.study report` from the JSON lines in"
-        f" [{folder}]({folder}); the protocol is in `benchmarks/README.md`."
-        if folder != "."
-        else "Written by `python -m benchmarks.study report` from the JSON lines beside it.",
+        written,
         answers,
         _reading(),
         _what_was_run(study),
@@ -118,7 +128,11 @@ def compose(study: Study, sections: list[Section], drawn: list[str], folder: str
         return match[0].replace("{pictures}/", f"{folder}/") if match[2] in drawn else ""
 
     text = re.sub(r"!\[([^]]*)\]\(\{pictures\}/([^)]*)\)", keep, text).replace("(./", "(")
-    return re.sub(r"\n{3,}", "\n\n", text)
+    tables = [
+        "# Does layer-adaptive momentum help? The tables behind the answers",
+        *(f"## {s.title}\n\n{s.tables()}" for s in sections if s.tables()),
+    ]
+    return re.sub(r"\n{3,}", "\n\n", text), "\n\n".join(tables) + "\n"
 
 
 def _reading() -> str:

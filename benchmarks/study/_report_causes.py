@@ -65,12 +65,12 @@ def causes_section(study: Study) -> Section:
             " then nothing that it takes away has been shown to matter. p-values: Holm over the"
             " workloads."
         ),
-        _layers(study),
         (
             "Limits: the controls take alpha and gain from LAMA's own runs, their means over time;"
             " they are not tuned again."
         ),
     ]
+    section.details.append(("What tuned LAMA did to each layer", _layers(study)))
     return section
 
 
@@ -125,4 +125,4 @@ def _layers(study: Study) -> str:
         ):
             rows.append((workload, name, *(number(x) for x in (alpha, gain) if x is not None)))
     header = ("workload", "layer", "mean alpha", "mean gain of the step")
-    return "What tuned LAMA did to each layer:\n\n" + table(header, rows) if rows else ""
+    return table(header, rows) if rows else ""

@@ -86,7 +86,7 @@ def cost_section(study: Study) -> Section:
             )
     header = ("workload", "arm", "target", "reached by", "steps", "gradients", "seconds")
     section.blocks = [
-        table((*header, "steps ratio", "gradients ratio", "time ratio"), rows),
+        _means(by_workload),
         picture("cost.png", f"Steps, gradient-equivalents and time relative to {label(BASE)}"),
         picture("curves.png", "Validation loss during training"),
         (
@@ -101,15 +101,40 @@ def cost_section(study: Study) -> Section:
             " logged."
         ),
     ]
+    columns = (*header, "steps ratio", "gradients ratio", "time ratio")
+    section.details.append(("Cost on every workload", table(columns, rows)))
     return section
+
+
+def _ratios(arm: str, by_workload: dict[str, dict[str, Cost]]) -> np.ndarray:
+    """Steps, gradients and time over the base's, where most runs of both get there."""
+    both = [found for found in by_workload.values() if arm in found and BASE in found]
+    ratios = np.array([found[arm].over(found[BASE]) for found in both]).reshape(-1, 3)
+    return ratios[np.isfinite(ratios).all(axis=1)]
+
+
+def _means(by_workload: dict[str, dict[str, Cost]]) -> str:
+    rows = []
+    for arm in ARMS[1:]:
+        usable = _ratios(arm, by_workload)
+        if usable.size:
+            means = np.exp(np.log(usable).mean(axis=0))
+            rows.append((label(arm), *(number(x) for x in means), str(len(usable))))
+    header = (
+        "geometric mean of ratios",
+        "steps",
+        "gradients",
+        "time",
+        "workloads where most get there",
+    )
+    return table(header, rows)
 
 
 def _answer(arm: str, by_workload: dict[str, dict[str, Cost]]) -> str:
     both = {w: f for w, f in by_workload.items() if arm in f and BASE in f}
     if not both:
         return ""
-    ratios = np.array([found[arm].over(found[BASE]) for found in both.values()])
-    usable = ratios[np.isfinite(ratios).all(axis=1)]
+    usable = _ratios(arm, by_workload)
     never = [w for w, found in both.items() if math.isinf(found[arm].steps)]
     text = f"the cost of {label(arm)} cannot be told: on no workload do most runs get there"
     if usable.size:

@@ -9,7 +9,6 @@ from benchmarks.study._report_text import (
     Section,
     capital,
     count,
-    folded,
     label,
     listed,
     number,
@@ -60,13 +59,14 @@ def headroom_section(study: Study) -> Section:
             if none
             else ""
         ),
-        folded("What each search selected", _selected(study, list(judged["layer_momenta"]))),
         (
             "Held-out loss on seeds that the search did not see, relative to one b1, searched as"
             " often. Limits: a search of so few trials in more dimensions finds less of its"
             " optimum, so a headroom of zero is one that such a search cannot reach."
         ),
     ]
+    chosen = _selected(study, list(judged["layer_momenta"]))
+    section.details.append(("What each search selected", chosen))
     return section
 
 

@@ -11,7 +11,6 @@ from benchmarks.study._report_text import (
     NOT_RUN,
     Section,
     count,
-    folded,
     label,
     listed,
     number,
@@ -65,7 +64,6 @@ def help_section(study: Study) -> Section:
             " counting half."
         ),
         _caution(study),
-        *(folded(f"All arms on {w}", _all_arms(study, w)) for w in study.workloads),
         (
             "Limits: small models, few hundred steps, one fixed number of steps for each"
             " workload; the verdicts hold for these. Means leave out pairs in which a run"
@@ -73,6 +71,7 @@ def help_section(study: Study) -> Section:
             " such a run as the worst."
         ),
     ]
+    section.details = [(f"All arms on {w}", _all_arms(study, w)) for w in study.workloads]
     return section
 
 

@@ -7,7 +7,6 @@ from benchmarks.study._report_text import (
     NOT_RUN,
     Section,
     count,
-    folded,
     listed,
     number,
     p_value,
@@ -98,13 +97,13 @@ def questions_section(study: Study) -> Section:
         ),
         f"{NOT_RUN.capitalize()}: {', '.join(missing)}." if missing else "",
         picture("questions.png", "Held-out loss for each choice, relative to the usual one"),
-        *(folded(_name(q), _values(q, asked[q], judged[q], section)) for q in asked),
         (
             "Limits: LAMA's other settings are the tuned ones of its arm, so these are changes"
             " around that optimum, without averaging over steps unless that is the choice;"
             " p-values are Holm's over all comparisons of a choice."
         ),
     ]
+    section.details = [(_name(q), _values(q, asked[q], judged[q], section)) for q in asked]
     return section
 
 

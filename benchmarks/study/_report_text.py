@@ -52,6 +52,7 @@ class Section:
     title: str
     answer: str
     blocks: list[str] = field(default_factory=list)
+    details: list[tuple[str, str]] = field(default_factory=list)  # a long table's name and body
     sources: dict[str, list[str]] = field(default_factory=dict)  # workload -> ids
 
     def cite(self, workload: str, *runs: Runs | None) -> None:
@@ -60,11 +61,16 @@ class Section:
         ids += [found.id for found in runs if found and found.id not in ids]
 
     def markdown(self) -> str:
-        """The section as Markdown."""
+        """The section as Markdown, without its long tables."""
         parts = [f"## {self.title}", f"**{self.answer}**", *self.blocks]
+        return "\n\n".join(part for part in parts if part)
+
+    def tables(self) -> str:
+        """The long tables, and the lines that the figures come from."""
+        parts = [f"### {summary}\n\n{body}" for summary, body in self.details if body]
         if any(self.sources.values()):
             parts.append(_sources(self.sources))
-        return "\n\n".join(part for part in parts if part)
+        return "\n\n".join(parts)
 
 
 def label(arm: str) -> str:
@@ -78,11 +84,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     columns = [[row[i][:1] for row in rows] for i in range(len(header))]
     align = ["--:" if set("".join(c)) & set("+<0123456789") else ":--" for c in columns]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, align, *rows))
-
-
-def folded(summary: str, body: str) -> str:
-    """A part that a reader unfolds."""
-    return f"<details><summary>{summary}</summary>\n\n{body}\n\n</details>"
 
 
 def percent(interval: Interval) -> str:
@@ -155,4 +156,4 @@ def _sources(sources: dict[str, list[str]]) -> str:
         for workload, ids in sources.items()
         if ids
     ]
-    return folded("Lines that these figures come from", table(("file", "id"), rows))
+    return "### Lines that the figures come from\n\n" + table(("file", "id"), rows)

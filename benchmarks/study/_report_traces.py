@@ -57,7 +57,20 @@ def traces_section(study: Study) -> Section:
             rows.append((workload, name, *map(number, values)))
     header = [f"{key}, {w}" for key in ("trace", "curvature") for w in when]
     section.blocks = [
-        table(("workload", "layer", *header), rows),
+        table(
+            ("workload", *(f"largest {key}, {w}" for key in ("trace", "curvature") for w in when)),
+            [
+                (
+                    w,
+                    *(
+                        names[int(np.argmax(seen[k][t]))]
+                        for k in ("trace", "curvature")
+                        for t in when
+                    ),
+                )
+                for w, (names, seen) in found.items()
+            ],
+        ),
         picture("traces.png", "Trace of each layer at the start, in the middle and at the end"),
         (
             "Means over seeds, on the path of tuned LAMA, from the estimates that it used;"
@@ -65,4 +78,7 @@ def traces_section(study: Study) -> Section:
             " squared."
         ),
     ]
+    section.details.append(
+        ("Every layer's trace and curvature", table(("workload", "layer", *header), rows))
+    )
     return section

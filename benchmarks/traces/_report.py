@@ -26,8 +26,8 @@ n: independent estimates. gradients: time over that of a gradient in the same fr
 over blocks of rounds in which all took turns. sd: standard deviation of one estimate over the
 layer's trace. work: time x variance, over that of `flipout()`, median over the layers;
 above 1 is more work to the same standard error. z: largest distance, over the layers, of the mean
-from the best known trace, in standard errors; a biased estimator's grows with n. gauss_newton
-has no variance, and is the best known trace where it works: in networks of ReLU and no attention."""
+from the best known trace, in standard errors; a biased estimator's grows with n.
+gauss_newton has no variance; where it works, in networks of ReLU, it is the best known trace."""
 
 
 def report(summary: dict[str, Any]) -> str:

@@ -45,7 +45,7 @@ class Rounds:
     rounds: int = 10
     window: float = 0.01  # seconds that a fast contender goes on in one visit
     limit: float = 1.0  # seconds a block, beyond which a contender is visited less often
-    fewest: int = 8  # estimates of the slowest contender, over all blocks
+    fewest: int = 20  # estimates of the slowest contender, over all blocks
 
 
 def rounds(quick: bool) -> Rounds:

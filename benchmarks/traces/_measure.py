@@ -18,6 +18,7 @@ from benchmarks.traces._jax import Estimate
 from benchmarks.workbench._jobs import Job, Models, Settings
 from benchmarks.workbench._models import Model
 from benchmarks.workbench._steps import ADAM, GIVEN, Step, first_order
+from benchmarks.workbench._timing import interleave
 from benchmarks.workbench._training import describe
 
 GRADIENT, TORCH_GRADIENT = "gradient", "gradient, PyTorch"
@@ -35,6 +36,8 @@ QUICK = (
 )
 #: Steps that what an estimate costs is compared with.
 STEPS = (ADAM, GIVEN)
+#: Rounds in which these take turns by themselves, and seconds of a visit.
+STEP_ROUNDS, STEP_WINDOW = 60, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ def rounds(quick: bool) -> Rounds:
 
 
 def jobs(settings: Settings, models: Models) -> Iterator[Job]:
-    """Units of the section ``"traces"``."""
+    """Units of the sections ``"traces"`` and ``"steps"``."""
     how = rounds(settings.quick)
     for name, task in models.tasks.items():
         contenders = _Contenders(models, name, how, settings)
@@ -68,6 +71,21 @@ def jobs(settings: Settings, models: Models) -> Iterator[Job]:
                 **dataclasses.asdict(how),
             }
             yield Job(unit, functools.partial(contenders.measure, block))
+        count = 2 if settings.quick else STEP_ROUNDS
+        unit = {"section": "steps", "model": name, "task": describe(task), "rounds": count}
+        yield Job(
+            unit | {"seed": settings.seed},
+            functools.partial(_steps, models, name, count, settings.seed),
+        )
+
+
+def _steps(models: Models, name: str, rounds: int, seed: int) -> dict[str, list[float]]:
+    """Seconds of Adam's step and of LAMA's without an estimate, which take turns."""
+    steps = {label: Step(models[name], first_order()[label]) for label in STEPS}
+    for step in steps.values():
+        step.run(1)  # compiled, and its code and arrays in the caches
+    visits = {label: step.visit() for label, step in steps.items()}
+    return interleave(visits, rounds, STEP_WINDOW, seed)
 
 
 class _Contenders:

@@ -122,9 +122,11 @@ def _telemetry(model: dict[str, Any]) -> str:
         "Curvature telemetry: 10 % standard error in every layer,"
         f" every {TELEMETRY_INTERVAL} steps\n"
         + table(["estimator, decay of the average", "probes", "set by", "step over Adam's"], rows)
-        + "\nSteps over Adam's: (LAMA's step without an estimate + probes x the estimate's time /"
-        f" {TELEMETRY_INTERVAL})\n/ optax.adam's step, from times of the same rounds. A decay d"
-        " averages (1 + d)/(1 - d) estimates,\nwhich lag behind the training by as many intervals."
+        + "\nSteps over Adam's: that of LAMA without an estimate"
+        f" ({model['without_estimate'].median:.3f}, the two in turns by themselves)\n+ probes x the"
+        f" estimate's time / {TELEMETRY_INTERVAL} / the time of optax.adam's step in the rounds of"
+        " estimates.\nA decay d averages (1 + d)/(1 - d) estimates, which lag behind the training"
+        " by as many intervals."
     )
 
 

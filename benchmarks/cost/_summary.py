@@ -137,14 +137,17 @@ def lines(summary: dict[str, Any], traces: dict[str, Any] | None) -> list[dict[s
     """The table of what had to hold; a line that was not measured says what is missing."""
     from_traces = {
         measure: [line for line in (traces or {}).get("lines", []) if line["measure"] == measure]
-        for measure in ("standard error", "work", "telemetry")
+        for measure in ("standard error", "work, by probes", "work", "telemetry")
     }
     missing = "run python -m benchmarks.traces first" if traces is None else "not measured"
     result: list[dict[str, Any]] = []
 
     def of_traces(measure: str) -> None:
         absent = {"measure": measure, "model": "all", "how": missing}
-        result.extend(from_traces[measure] or [absent])
+        for line in from_traces[measure] or [absent]:
+            # JSON has no infinity: infinitely many times less work than a peer's, without variance.
+            is_endless = line.get("holds") and line.get("figure") is None
+            result.append(line | {"figure": math.inf} if is_endless else line)
 
     def at_most(measure: str, model: str, target: float, found: Any, how: str) -> None:
         line = {"measure": measure, "model": model, "target": target, "how": how}
@@ -160,6 +163,7 @@ def lines(summary: dict[str, Any], traces: dict[str, Any] | None) -> list[dict[s
             label = lama_label(summary["models"][model]["flipout"], interval)
             ratio = _ratio(summary, model, "curvature", label)
             at_most(f"step, estimate every {interval}", model, target, ratio, label)
+    of_traces("work, by probes")
     of_traces("work")
     of_traces("telemetry")
     for model in summary["models"]:

@@ -174,7 +174,7 @@ def _what_was_run(study: Study) -> str:
     header = (
         "workload",
         "steps",
-        "trials an arm",
+        "distinct trials an arm",
         "tuning seeds",
         "final seeds",
         "arms",

@@ -79,14 +79,14 @@ def test_finished_traces_are_not_measured_again(quick_traces, monkeypatch):
 
 
 def test_interrupted_run_keeps_what_was_finished(quick_traces, tmp_path, monkeypatch, capsys):
-    """Cut after two units and within the third: the same command measures that and no other."""
+    """Cut after three units and within the fourth: the same command measures that and no other."""
     whole = (quick_traces / "measurements.jsonl").read_bytes().splitlines(keepends=True)
     folder = tmp_path / "cut"
     (folder / "trained").mkdir(parents=True)
     trained_file = quick_traces / "trained" / "mlp.npz"
     (folder / "trained" / "mlp.npz").write_bytes(trained_file.read_bytes())
-    kept = b"".join(whole[:2])
-    (folder / "measurements.jsonl").write_bytes(kept + whole[2][:40])
+    kept = b"".join(whole[:3])
+    (folder / "measurements.jsonl").write_bytes(kept + whole[3][:40])
 
     def interrupted(*args):
         raise KeyboardInterrupt

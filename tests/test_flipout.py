@@ -180,7 +180,7 @@ def _estimates(model, estimator, num_estimates=NUM_ESTIMATES, balanced=False):
     ("model", "scope"),
     [
         *((model, "joint") for model in MODELS),
-        *((model, "balanced") for model in (mlp, rnn, stacked_scan)),
+        *((model, "balanced") for model in (mlp, stacked_scan)),
         *((model, "block") for model in (mlp, stacked_scan)),
     ],
 )

@@ -366,7 +366,7 @@ def test_quick_run_from_end_to_end(tmp_path):
         assert kinds == {"tune", "final", "headroom", "question"}
         (adam,) = store.find(kind="final", arm="adam_b1")
         (lama,) = store.find(kind="final", arm="lama")
-        assert adam["seeds"] == lama["seeds"] == list(range(20))
+        assert adam["seeds"] == lama["seeds"] == [_plan.FIRST_FINAL_SEED + i for i in range(20)]
         assert {"python", "jax", "optax", "lama_optax"} <= set(lama["versions"])
         assert not any(adam["diverged"])
         # Both learn: chance is ln 10 and ln 2.

@@ -82,8 +82,9 @@ def _scan(params: dict[str, Any], *ins: Value) -> list[Value]:
 
     def body(carry: list[jax.Array], slices: list[Any]) -> tuple[list[jax.Array], list[jax.Array]]:
         uses = Uses(weights[0].uses.single, in_loop=True)
+        shared = [x._replace(uses=uses) if isinstance(x, Perturbed) else x for x in consts]
         rows = [_row(x, part, uses) for x, part in zip(xs, slices, strict=True)]
-        outs = evaluate(params["jaxpr"], [*consts, *carry, *rows])
+        outs = evaluate(params["jaxpr"], [*shared, *carry, *rows])
         return outs[:num_carry], outs[num_carry:]
 
     carry, ys = jax.lax.scan(
@@ -122,7 +123,7 @@ def _row(x: Value, part: Any, uses: Uses) -> Value:
         for group in x.signs
     )
     scale = x.scale if scale is None else scale.reshape(())
-    return Perturbed(x.leaf, value, probe, scale, signs, x.add, uses)
+    return Perturbed(x.leaf, value, probe, scale, signs, uses)
 
 
 _INLINED = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat")

@@ -49,7 +49,7 @@ def _product(
     for group in outer:
         axes = [to_output[axis] for axis in group.axes]
         perturbation *= along(group.values, axes, out.ndim).astype(out.dtype)
-    return [weight.add(out, weight.scale.astype(out.dtype), perturbation)]
+    return [weight.move(out, perturbation)]
 
 
 def _one_row(
@@ -70,7 +70,7 @@ def _one_row(
     out = multiply(activation, weight.value)
     h = jax.lax.stop_gradient(activation).astype(out.dtype)
     perturbation = jnp.sqrt(jnp.sum(h * h)) * outer[0].values.astype(out.dtype)
-    return [weight.add(out, weight.scale.astype(out.dtype), perturbation)]
+    return [weight.move(out, perturbation)]
 
 
 def _tapped(

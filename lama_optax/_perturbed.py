@@ -5,7 +5,7 @@ that they can be followed through reshapes and moved to what the weight is multi
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,8 +74,14 @@ class Perturbed(NamedTuple):
     probe: jax.Array  # shape and dtype of value
     scale: jax.Array  # t; a scalar, or shape=(depth, 1, ...) for stacked layers
     signs: tuple[Signs, ...]  # their axes are disjoint
-    add: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # `added` or `shifted`
     uses: Uses
+
+    def move(self, value: jax.Array, perturbation: jax.Array) -> jax.Array:
+        """``value + t perturbation``, where a value is moved by this weight's perturbation."""
+        scale = self.scale.astype(value.dtype)
+        if self.uses.in_loop:  # where `jax.grad` forgets that `shifted` has a rule of its own
+            return value + scale * perturbation
+        return shifted(value, scale, perturbation)
 
     @property
     def is_single(self) -> bool:
@@ -109,18 +115,13 @@ class DropSigns(Exception):
 Value = jax.Array | Perturbed
 
 
-def added(value: jax.Array, scale: jax.Array, perturbation: jax.Array) -> jax.Array:
-    """``value + t perturbation``."""
-    return value + scale * perturbation
-
-
 @jax.custom_jvp
 def shifted(value: jax.Array, scale: jax.Array, perturbation: jax.Array) -> jax.Array:
-    """``value + t perturbation`` at the point t = 0, for forward derivatives alone.
+    """``value + t perturbation`` at the point t = 0.
 
-    Its derivatives are those of the sum; its value does not read the perturbation. So every layer's
-    second derivative has one and the same unperturbed forward pass, which is compiled once. Not
-    for `jax.grad`, which forgets within loops that the value has a rule of its own.
+    Its derivatives are those of the sum; its value does not read the perturbation, which XLA would
+    multiply by 0 wherever the value is read. So all layers' second derivatives have one and the
+    same unperturbed forward pass, which is compiled once.
     """
     del scale, perturbation
     return value
@@ -158,7 +159,7 @@ def formed(x: Value) -> jax.Array:
     perturbation = x.probe
     for group in x.signs:
         perturbation = perturbation * along(group.values, group.axes, x.value.ndim)
-    return x.add(x.value, x.scale.astype(x.value.dtype), perturbation)
+    return x.move(x.value, perturbation)
 
 
 def along(values: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:

@@ -131,3 +131,34 @@ def test_flipouts_block_estimate_needs_no_more_products_than_the_floor():
         )
     )
     assert count(fn.lower(PARAMS).compile(), "dot") == 9
+
+
+def flipouts_joint(num_probes):
+    estimator = flipout(num_probes, scope="joint")
+    fn = jax.jit(
+        lambda p: layer_curvature(
+            p, 0, estimator=estimator, example_value_fn=example_loss, batch=BATCH
+        )
+    )
+    return fn.lower(PARAMS).compile()
+
+
+def test_flipouts_joint_estimate_needs_no_more_products_than_the_floor():
+    """The gradient's by the outputs, 3 forward and 2 back, and the same for what the probes move.
+
+    Nothing moves the input of layer 1: 2 forward and 2 back. The probes need none.
+    """
+    assert count(flipouts_joint(1), "dot") == 9
+
+
+def test_flipouts_probes_share_the_gradient():
+    """The loop over probes makes but the products of what the probes move."""
+    program = flipouts_joint(8)
+    outside = program.as_text().split("\nENTRY ")[1]
+    fused = re.findall(r"calls=%?([\w.-]+)", outside)
+    bodies = {
+        body.split(" ")[0].removeprefix("%"): body
+        for body in re.split(r"\n(?=%|ENTRY )", program.as_text())
+    }
+    assert outside.count(" dot(") + sum(bodies[name].count(" dot(") for name in fused) == 5
+    assert count(program, "dot") == 9

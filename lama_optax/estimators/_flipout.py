@@ -26,8 +26,6 @@ from lama_optax._perturbed import (
     Signs,
     UsedAgain,
     Uses,
-    added,
-    shifted,
 )
 from lama_optax._probes import signs
 from lama_optax.estimators._protocol import (
@@ -72,8 +70,7 @@ class _Flipout:
         is_block = self.scope == "block" or (
             self.scope is None and 0 < len(layers.names) <= UNROLLED_LAYERS
         )
-        add = shifted if is_block else added
-        loss = _ExampleLoss(example_value_fn, params, batch, layers, add)
+        loss = _ExampleLoss(example_value_fn, params, batch, layers)
         num_layers = len(layers.names)
         scale = _balanced(updates, layers)
 
@@ -103,7 +100,7 @@ class _Flipout:
 
         def sample(probe_key: jax.Array) -> jax.Array:
             weight_key, sign_key = jax.random.split(probe_key)
-            own = signs(sign_key, (loss.batch_size, loss.num_signs), jnp.int8)
+            own = _example_signs(sign_key, loss.batch_size, loss.num_signs)
             return per_example(optax.tree.random_like(weight_key, params, signs), own, batch)
 
         keys = jax.random.split(key, self.num_probes)
@@ -116,22 +113,38 @@ class _Flipout:
         )
 
 
+def _example_signs(key: jax.Array, batch_size: int, num_signs: int) -> jax.Array:
+    """Rademacher numbers as `signs` draws them, shape (batch_size, num_signs), int8.
+
+    Unpacked in a loop, which XLA does not fuse: else each use of a sign would unpack it anew, 7 %
+    of a transformer's estimate.
+    """
+    words = jax.random.bits(key, (batch_size, -(-num_signs // 32)), jnp.uint32)
+
+    def unpacked(place: jax.Array) -> jax.Array:
+        return 1 - 2 * (jnp.right_shift(words, place) & 1).astype(jnp.int8)
+
+    bits = jax.lax.map(unpacked, jnp.arange(32, dtype=words.dtype))
+    return jnp.moveaxis(bits, 0, 1).reshape(batch_size, -1)[:, :num_signs]
+
+
 def _balanced(updates: PyTree, layers: Layers) -> jax.Array:
     """How far joint scope moves each layer, shape (L,): about 1/|g_l|, or 1 without a gradient.
 
     With layer k moved by s_k v_k, layer l is read as (1/s_l) sum_k s_k v_l^T H_lk v_k. Its own
     term is free of s; the others have mean 0 and, where H_lk is of the size of the root of the
     traces' product, the same relative noise in every layer if s is 1 over the trace's root. A
-    gradient's norm follows that root. Powers of two are exact in every dtype; a layer whose
-    gradient vanishes must not drown the others.
+    gradient's norm follows that root. A layer whose gradient vanishes must not drown the others.
     """
     if updates is None:
         return jnp.ones(len(layers.names), layers.dtype)
     squares = jax.tree.map(lambda g: jnp.square(g.astype(layers.dtype)), updates)
     size = 0.5 * jnp.log2(layers.sum(squares))  # -inf where the gradient is 0
     below = jnp.max(size, initial=-jnp.inf, where=jnp.isfinite(size)) - size
-    below = jnp.round(jnp.clip(jnp.nan_to_num(below, nan=0.0), 0, _MAX_BALANCE))
-    return jnp.exp2(below - _MAX_BALANCE)
+    below = jnp.clip(jnp.nan_to_num(below, nan=0.0), 0, _MAX_BALANCE)
+    # Rounded to bfloat16: in a dtype that does not hold s, a layer's own term is not free of it.
+    scale = jnp.exp2(below - _MAX_BALANCE)
+    return jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
 
 
 class _ExampleLoss:
@@ -143,9 +156,8 @@ class _ExampleLoss:
         params: PyTree,
         batch: PyTree,
         layers: Layers,
-        add: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     ):
-        self._params, self._layers, self._add = params, layers, add
+        self._params, self._layers = params, layers
         example = jax.tree.map(lambda x: x[0], batch)
         self.batch_size = jax.tree.leaves(batch)[0].shape[0]
 
@@ -226,9 +238,7 @@ class _ExampleLoss:
                 for axes, start, stop in ranges
             )
             args.append(
-                Perturbed(i, leaf, v, scale, groups, self._add, uses)
-                if self._is_active(i, active)
-                else leaf
+                Perturbed(i, leaf, v, scale, groups, uses) if self._is_active(i, active) else leaf
             )
         return evaluate(self._jaxpr, [*args, *jax.tree.leaves(example)])[0]
 

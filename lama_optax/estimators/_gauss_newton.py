@@ -20,7 +20,7 @@ from lama_optax._equations import average_curvature
 from lama_optax._layers import Layers
 from lama_optax._numbers import check_count
 from lama_optax._perturb import evaluate
-from lama_optax._perturbed import Perturbed, Taps, UsedAgain, added
+from lama_optax._perturbed import Perturbed, Taps, UsedAgain
 from lama_optax.estimators._protocol import LayerCurvature, check_batch
 
 PyTree = Any
@@ -157,7 +157,7 @@ class _Network:
         for i, leaf in enumerate(self._leaves):
             if i in self._shapes:
                 unit = jnp.ones((), leaf.dtype)
-                args.append(Perturbed(i, leaf, leaf, unit, (), added, taps))
+                args.append(Perturbed(i, leaf, leaf, unit, (), taps))
             else:
                 args.append(leaf + moves[i] if i in moves else leaf)
         return evaluate(self._jaxpr, [*args, *jax.tree.leaves(example)])[0].reshape(-1)

@@ -32,13 +32,15 @@ Maker = Callable[[Model], Estimate]
 MAX_OPERATORS = 8
 
 EXACT, QUARTER = "gauss_newton", "flipout joint, a quarter of the batch"
+TEN_PROBES = "hutchinson joint, K=10"
 OURS: dict[str, Estimator] = {
     "hutchinson joint": hutchinson(1),
     "hutchinson joint, Gaussian": hutchinson(1, probe="gaussian"),
-    "hutchinson joint, K=10": hutchinson(10),
+    TEN_PROBES: hutchinson(10),
     "hutchinson block": hutchinson(1, scope="block"),
     "hutchinson block, Gaussian": hutchinson(1, scope="block", probe="gaussian"),
     "flipout joint": flipout(1, scope="joint"),
+    "flipout joint, K=10": flipout(10, scope="joint"),
     "flipout block": flipout(1, scope="block"),
     EXACT: gauss_newton(),
 }

@@ -17,15 +17,16 @@ from benchmarks.traces import _jax, _torch
 from benchmarks.traces._jax import Estimate
 from benchmarks.workbench._jobs import Job, Models, Settings
 from benchmarks.workbench._models import Model
-from benchmarks.workbench._steps import ADAM, GIVEN, Step, first_order
+from benchmarks.workbench._steps import ADAM, GIVEN, Step, default_flipout, first_order
 from benchmarks.workbench._timing import interleave
 from benchmarks.workbench._training import describe
+from lama_optax import layer_names
 
 GRADIENT, TORCH_GRADIENT = "gradient", "gradient, PyTorch"
 #: What a quick look is content with.
 QUICK = (
     "hutchinson joint",
-    "hutchinson joint, K=10",
+    _jax.TEN_PROBES,
     "hutchinson block",
     "flipout joint",
     "flipout block",
@@ -49,11 +50,14 @@ class Rounds:
     window: float = 0.01  # seconds that a fast contender goes on in one visit
     limit: float = 1.0  # seconds a block, beyond which a contender is visited less often
     fewest: int = 20  # estimates of the slowest contender, over all blocks
+    compared: int = 100  # of those whose standard errors are compared
 
 
 def rounds(quick: bool) -> Rounds:
     """How much is measured."""
-    return Rounds(blocks=2, rounds=3, window=0, limit=1, fewest=2) if quick else Rounds()
+    if quick:
+        return Rounds(blocks=2, rounds=3, window=0, fewest=2, compared=2)
+    return Rounds()
 
 
 def jobs(settings: Settings, models: Models) -> Iterator[Job]:
@@ -94,10 +98,14 @@ class _Contenders:
     def __init__(self, models: Models, name: str, how: Rounds, settings: Settings):
         self._models, self._name, self._how, self._settings = models, name, how, settings
 
+    @property
+    def _model(self) -> Model:
+        return self._models[self._name]
+
     @functools.cached_property
     def _built(self) -> dict[str, Any]:
         """Estimates by label, or the words of what kept a contender from working."""
-        model = self._models[self._name]
+        model = self._model
         makers = _jax.makers() | _torch.makers()
         if self._settings.quick:
             makers = {label: make for label, make in makers.items() if label in QUICK}
@@ -122,12 +130,14 @@ class _Contenders:
     def _shares(self) -> dict[str, float]:
         """Visits in a round: 1, or less for the slow."""
         how, shares = self._how, {}
+        compared = (_jax.TEN_PROBES, default_flipout(len(layer_names(self._model.params))))
         for label, estimate in self._built.items():
             if not isinstance(estimate, str):
                 began = time.perf_counter()
                 estimate(0)
                 affordable = how.limit / ((time.perf_counter() - began) * how.rounds)
-                least = how.fewest / (how.blocks * how.rounds)
+                fewest = how.compared if label in compared else how.fewest
+                least = fewest / (how.blocks * how.rounds)
                 shares[label] = min(1.0, max(affordable, least))
         return shares
 

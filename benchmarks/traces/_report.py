@@ -6,17 +6,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.moons._report import table
+from benchmarks.traces._jax import TEN_PROBES
 from benchmarks.traces._measure import GRADIENT, TORCH_GRADIENT
-from benchmarks.traces._summary import (
-    TELEMETRY_INTERVAL,
-    TEN_PROBES,
-    best_peer,
-)
+from benchmarks.traces._summary import TELEMETRY_INTERVAL, best_peer
 from benchmarks.workbench._steps import ADAM, default_flipout
 from benchmarks.workbench._training import text_warning
 
 #: Ours that are held against each peer.
-SHOWN = ("hutchinson block", "flipout joint", "flipout block")
+SHOWN = ("hutchinson block", "flipout joint", "flipout joint, K=10", "flipout block")
 #: More layers than this are shown as their median and extremes.
 MAX_COLUMNS = 4
 
@@ -92,7 +89,7 @@ def _layers(model: dict[str, Any]) -> str:
 
 def _peers(model: dict[str, Any]) -> str:
     merged = model["contenders"]
-    shown = {label: merged[label] for label in SHOWN}
+    shown = {label: merged[label] for label in SHOWN if label in merged}
     peers = list(shown["flipout block"]["vs_peers"])
     if not peers:
         return "No peer is installed: pip install '.[peers]'"

@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.traces._along import DECAYS, INTERVALS, NUM_PROBES, held
-from benchmarks.traces._jax import EXACT, OWN, QUARTER
+from benchmarks.traces._jax import EXACT, OWN, QUARTER, TEN_PROBES
 from benchmarks.traces._measure import GRADIENT, STEPS, TORCH_GRADIENT
 from benchmarks.workbench._jobs import Models, Outcome
 from benchmarks.workbench._steps import ADAM, GIVEN, default_flipout
 from benchmarks.workbench._timing import Spread, paired_ratio
 from lama_optax import layer_names
 
-TEN_PROBES = "hutchinson joint, K=10"
 #: A layer's standard error that telemetry is to reach, relative to its trace.
 TELEMETRY_ERROR, TELEMETRY_INTERVAL = 0.1, 100
 #: Times less work than the best peer, that were to be reached.
@@ -222,7 +221,7 @@ def _lines(by_model: dict[str, Any]) -> list[dict[str, Any]]:
             lines.append(_line("standard error", name, label, 1.0, ratio, ratio <= 1))
         if name in WORK_TARGETS:
             target = WORK_TARGETS[name]
-            ways = {"work": [k for k in OWN if k.startswith("flipout")]}
+            ways = {"work": [k for k in OWN if k.startswith("flipout") and k in merged]}
             if "error" not in merged[EXACT]:
                 ways = {"work, by probes": ways["work"], "work": [EXACT]}
             for measure, labels in ways.items():

@@ -11,61 +11,27 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 
+from lama_optax._jaxprs import CALLS, apply, interpret
 from lama_optax._perturb_rules import RULES
 from lama_optax._perturbed import Perturbed, Signs, Uses, Value, formed
 
 
 def evaluate(closed: Any, args: Sequence[Value]) -> list[jax.Array]:
     """Evaluates a jaxpr whose inputs may be perturbed weights; its outputs are arrays."""
-    return [formed(out) for out in _interpret(closed, args)]
-
-
-def _interpret(closed: Any, args: Sequence[Value]) -> list[Value]:
-    jaxpr = getattr(closed, "jaxpr", closed)
-    env: dict[Any, Value] = dict(zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-
-    def read(atom: Any) -> Value:
-        return jnp.asarray(atom.val) if isinstance(atom, jex.Literal) else env[atom]
-
-    for eqn in jaxpr.eqns:
-        outs = _equation(jaxpr, eqn, [read(atom) for atom in eqn.invars])
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return [formed(out) for out in interpret(closed, args, _equation)]
 
 
 def _equation(jaxpr: Any, eqn: Any, ins: Sequence[Value]) -> Sequence[Value]:
     if any(isinstance(x, Perturbed) for x in ins):
         if eqn.primitive.name in _INLINED:
-            return _interpret(eqn.params["jaxpr"], ins)
+            return interpret(eqn.params["jaxpr"], ins, _equation)
         rule = _RULES.get(eqn.primitive.name)
         outs = rule(eqn.params, *ins) if rule else None
         if outs is not None:
             return outs
-    return _apply(jaxpr, eqn, [formed(x) for x in ins])
-
-
-def _apply(jaxpr: Any, eqn: Any, ins: Sequence[jax.Array]) -> list[Any]:
-    """Evaluates one equation by public means: binding a primitive has changed between versions."""
-    variables = {
-        atom: x
-        for atom, x in zip(eqn.invars, ins, strict=True)
-        if not isinstance(atom, jex.Literal)
-    }
-    kept = [v for v in eqn.outvars if not isinstance(v, jex.DropVar)]
-    alone = jaxpr.replace(
-        constvars=[],
-        invars=list(variables),
-        outvars=kept,
-        eqns=[eqn],
-        effects=eqn.effects,
-        debug_info=jaxpr.debug_info.with_unknown_names(),
-    )
-    results = iter(jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, ()))(*variables.values()))
-    return [None if isinstance(v, jex.DropVar) else next(results) for v in eqn.outvars]
+    return apply(jaxpr, eqn, [formed(x) for x in ins])
 
 
 def _scan(params: dict[str, Any], *ins: Value) -> list[Value]:
@@ -126,5 +92,5 @@ def _row(x: Value, part: Any, uses: Uses) -> Value:
     return Perturbed(x.leaf, value, probe, scale, signs, uses)
 
 
-_INLINED = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat")
+_INLINED = (*CALLS, "remat2", "checkpoint", "remat")
 _RULES: dict[str, Callable[..., Any]] = {**RULES, "scan": _scan}

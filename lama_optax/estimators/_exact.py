@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from lama_optax._convolutions import channels_last
 from lama_optax._equations import average_curvature
 from lama_optax._layers import Layers
 from lama_optax.estimators._protocol import (
@@ -39,12 +40,18 @@ class _ExactTrace:
         """Sums the Hessian's diagonal, entry by entry, over each layer."""
         del key, extra_args
         objective = scalar_objective(value_fn, params, self.has_aux)
-        check_twice_differentiable(objective, params, primitive_names(objective, params))
+        primitives = primitive_names(objective, params)
+        check_twice_differentiable(objective, params, primitives)
         flat, unravel = ravel_pytree(optax.tree.cast(params, layers.dtype))
+
+        def product(v: PyTree) -> PyTree:
+            return jax.jvp(jax.grad(objective), (params,), (v,))[1]
+
+        hvp = channels_last(product, primitives)
 
         def diagonal_entry(i: jax.Array) -> jax.Array:
             basis_vector = optax.tree.cast_like(unravel(jnp.zeros_like(flat).at[i].set(1)), params)
-            hv = jax.jvp(jax.grad(objective), (params,), (basis_vector,))[1]
+            hv = hvp(basis_vector)
             return ravel_pytree(optax.tree.cast(hv, layers.dtype))[0][i]
 
         entries = jax.lax.map(diagonal_entry, jnp.arange(flat.size)) if flat.size else flat

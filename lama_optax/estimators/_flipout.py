@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lama_optax._convolutions import channels_last
 from lama_optax._equations import average_curvature
 from lama_optax._layers import Layers
 from lama_optax._numbers import check_count, check_word
@@ -32,6 +33,7 @@ from lama_optax.estimators._protocol import (
     UNROLLED_LAYERS,
     LayerCurvature,
     check_batch,
+    names_in,
     scalar_objective,
 )
 
@@ -96,7 +98,9 @@ class _Flipout:
 
             return jnp.stack([second_derivative(layer) for layer in range(num_layers)])
 
-        per_example = jax.vmap(block if is_block else joint, in_axes=(None, 0, 0))
+        per_example = channels_last(
+            jax.vmap(block if is_block else joint, in_axes=(None, 0, 0)), loss.primitives
+        )
 
         def sample(probe_key: jax.Array) -> jax.Array:
             weight_key, sign_key = jax.random.split(probe_key)
@@ -166,6 +170,7 @@ class _ExampleLoss:
             return objective(p).astype(layers.dtype)
 
         self._jaxpr = jax.make_jaxpr(value)(params, example)
+        self.primitives = names_in(self._jaxpr)
         # Which signs each leaf can carry in all its uses, and which leaves have one use alone, is
         # found by trying, on shapes alone.
         self._signed = [tuple(range(leaf.ndim)) for leaf in jax.tree.leaves(params)]

@@ -16,12 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lama_optax._convolutions import channels_last
 from lama_optax._equations import average_curvature
 from lama_optax._layers import Layers
 from lama_optax._numbers import check_count
 from lama_optax._perturb import evaluate
 from lama_optax._perturbed import Perturbed, Taps, UsedAgain
-from lama_optax.estimators._protocol import LayerCurvature, check_batch
+from lama_optax.estimators._protocol import LayerCurvature, check_batch, names_in
 
 PyTree = Any
 # Of the Jacobians of all examples, so many entries are held at once.
@@ -82,11 +83,12 @@ class _GaussNewton:
             (jacobian,) = jax.vmap(pull_back)(jnp.eye(count, dtype=z.dtype))
             return network.by_layer(jacobian, rows, output_hessian(z, example))
 
+        of_example = channels_last(traces, network.primitives)
         chunk = max(1, _MAX_ENTRIES // (count * network.entries + 1))
         if chunk >= batch_size:
-            of_examples = jax.vmap(traces)(batch)
+            of_examples = jax.vmap(of_example)(batch)
         else:
-            of_examples = jax.lax.map(traces, batch, batch_size=chunk)
+            of_examples = jax.lax.map(of_example, batch, batch_size=chunk)
         mean = average_curvature(jnp.mean(of_examples, axis=0), layers.size_array())
         return LayerCurvature(
             mean=mean,
@@ -114,6 +116,7 @@ class _Network:
         self._layers = layers
         self._leaves, self._structure = jax.tree.flatten(params)
         self._jaxpr, out = jax.make_jaxpr(output_fn, return_shape=True)(params, example)
+        self.primitives = names_in(self._jaxpr)
         if not hasattr(out, "shape") or not jnp.issubdtype(out.dtype, jnp.floating):
             raise ValueError(f"example_output_fn must return one real array; got {out}.")
         self.shape = out.shape

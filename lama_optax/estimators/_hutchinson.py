@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lama_optax._convolutions import channels_last
 from lama_optax._equations import average_curvature
 from lama_optax._layers import Layers
 from lama_optax._numbers import check_count, check_number, check_word
@@ -62,7 +63,7 @@ class _Hutchinson:
             return average_curvature(quadratic_forms(probe), size)
 
         keys = jax.random.split(key, self.num_probes)
-        samples = _map(sample, keys, self.chunk_size or self._default_chunk(primitives))
+        samples = _map(sample, keys, self.chunk_size or 1)
         return LayerCurvature(
             mean=jnp.mean(samples, axis=0),
             std_error=_standard_error(samples),
@@ -76,13 +77,16 @@ class _Hutchinson:
         num_layers = len(layers.names)
         has_forward = self.hvp == "exact" and not has_custom_vjp(primitives)
         if self.scope == "block" and has_forward and 0 < num_layers <= UNROLLED_LAYERS:
-            return lambda probe: jnp.stack(
-                [
+
+            def second_derivatives(probe: PyTree) -> jax.Array:
+                derivatives = [
                     _second_derivative(objective, params, probe, layers, layer)
                     for layer in range(num_layers)
                 ]
-            )
-        hvp = self._hessian_vector_product(objective, params)
+                return jnp.stack(derivatives)
+
+            return channels_last(second_derivatives, primitives)
+        hvp = self._hessian_vector_product(objective, params, primitives)
 
         def joint(probe: PyTree) -> jax.Array:
             products = jax.tree.map(
@@ -104,12 +108,16 @@ class _Hutchinson:
         return joint if self.scope == "joint" else block
 
     def _hessian_vector_product(
-        self, objective: Objective, params: PyTree
+        self, objective: Objective, params: PyTree, primitives: frozenset[str]
     ) -> Callable[[PyTree], PyTree]:
-        gradient = jax.grad(objective)
         if self.hvp == "exact":
-            return lambda v: jax.jvp(gradient, (params,), (v,))[1]
 
+            def product(v: PyTree) -> PyTree:
+                return jax.jvp(jax.grad(objective), (params,), (v,))[1]
+
+            return channels_last(product, primitives)
+
+        gradient = channels_last(jax.grad(objective), primitives)
         # H v ~ (grad L(theta + delta v) - grad L(theta)) / delta
         at_params = gradient(params)
 
@@ -124,15 +132,6 @@ class _Hutchinson:
             )
 
         return finite_difference
-
-    def _default_chunk(self, primitives: frozenset[str]) -> int:
-        """One probe at a time: measured, no slower than vmapped ones and in the least memory.
-
-        XLA's CPU compiler has no fast code for a convolution's derivatives in a loop: there they
-        take many times as long, and all probes are vmapped.
-        """
-        is_slow_in_a_loop = "conv_general_dilated" in primitives and jax.default_backend() == "cpu"
-        return self.num_probes if is_slow_in_a_loop else 1
 
 
 def _second_derivative(
@@ -208,9 +207,7 @@ def hutchinson(
         to 8 layers K L second derivatives forward over forward, which together cost less than K
         products where the layers are few.
       chunk_size: how many probes are vmapped at once; the others wait in a loop. Changes memory
-        and speed only. None: one, the least memory and on a CPU the fastest; all of them if
-        ``value_fn`` has a convolution and JAX runs on a CPU, where XLA makes the derivatives of
-        convolutions slow in loops.
+        and speed only. None: one, the least memory and on a CPU the fastest.
       has_aux: whether ``value_fn`` returns ``(value, aux)``.
 
     Returns:

@@ -197,7 +197,7 @@ def scalar_objective(
 
 def primitive_names(objective: Callable[[PyTree], jax.Array], params: PyTree) -> frozenset[str]:
     """The names of all operations in ``objective``, found by one abstract evaluation."""
-    return _names(jax.make_jaxpr(objective)(params).jaxpr)
+    return names_in(jax.make_jaxpr(objective)(params))
 
 
 def has_custom_vjp(primitives: frozenset[str]) -> bool:
@@ -222,7 +222,7 @@ def check_twice_differentiable(
     cause: Exception | None = None
     try:
         # What is left of a custom_vjp that was to be differentiated forwards.
-        has_derivative = "custom_lin" not in _names(jax.make_jaxpr(along_params)(params).jaxpr)
+        has_derivative = "custom_lin" not in names_in(jax.make_jaxpr(along_params)(params))
     except (TypeError, ValueError, NotImplementedError) as error:
         if "custom_vjp" not in str(error) and "JVP" not in str(error):
             raise
@@ -235,6 +235,8 @@ def check_twice_differentiable(
         ) from cause
 
 
-def _names(jaxpr: Any) -> frozenset[str]:
+def names_in(closed: Any) -> frozenset[str]:
+    """The names of all operations in a jaxpr and in those that it calls."""
+    jaxpr = getattr(closed, "jaxpr", closed)
     names = frozenset(eqn.primitive.name for eqn in jaxpr.eqns)
-    return names.union(*(_names(inner) for inner in jex.subjaxprs(jaxpr)))
+    return names.union(*(names_in(inner) for inner in jex.subjaxprs(jaxpr)))

@@ -45,6 +45,12 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises `ValueError` unless ``value`` is a boolean."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False; got {value!r}.")
+
+
 def check_float_dtype(name: str, value: Any) -> None:
     """Raises `ValueError` unless ``value`` names a real floating-point dtype."""
     try:

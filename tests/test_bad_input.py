@@ -32,6 +32,7 @@ def loss(params):
 
 DECAY = ("in [0, 1)", [1.0, -0.1, 1, 1.5, nan, inf, "0.9", None, [0.9], np.ones(1), 1j])
 NOT_NEGATIVE = ("a number of at least 0", [-1e-9, nan, inf, "1", None, [1.0], np.ones(2)])
+FLAG = ("True or False", [3, 0, "True", None])
 COUNT = ("an integer of at least 1", [0, -1, 1.5, True, "3", None])
 
 # argument -> what is allowed, and values that are not
@@ -62,6 +63,7 @@ HUTCHINSON = {
     "fd_step": ("a positive number", [0, 0.0, -1e-2, nan, inf, "1", None]),
     "scope": ("one of 'joint', 'block'", ["layer", "", None]),
     "chunk_size": ("an integer of at least 1", [0, -1, 1.5, True, "3"]),
+    "has_aux": FLAG,
 }
 TABLES = {
     "lama_scale": (lama_scale, LAMA),
@@ -72,6 +74,7 @@ TABLES = {
     "lam_scale": (lam_scale, LAM),
     "lam": (functools.partial(lam, 0.1), LAM),
     "hutchinson": (hutchinson, HUTCHINSON),
+    "exact_trace": (exact_trace, {"has_aux": FLAG}),
 }
 CASES = [
     (function, argument, allowed, value)

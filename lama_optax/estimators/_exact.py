@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from lama_optax._convolutions import channels_last
 from lama_optax._equations import average_curvature
 from lama_optax._layers import Layers
+from lama_optax._numbers import check_flag
 from lama_optax.estimators._protocol import (
     LayerCurvature,
     check_twice_differentiable,
@@ -78,6 +79,9 @@ def exact_trace(*, has_aux: bool = False) -> _ExactTrace:
     Returns:
       An estimator that needs ``value_fn`` (params -> scalar loss) by keyword.
 
+    Raises:
+      ValueError: naming the argument, its value and what is allowed.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from lama_optax import exact_trace, layer_curvature
@@ -87,4 +91,5 @@ def exact_trace(*, has_aux: bool = False) -> _ExactTrace:
       >>> estimate.mean.tolist()
       [12.0]
     """
+    check_flag("has_aux", has_aux)
     return _ExactTrace(has_aux)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lama_optax._convolutions import channels_last
 from lama_optax._equations import average_curvature
 from lama_optax._layers import Layers
-from lama_optax._numbers import check_count, check_number, check_word
+from lama_optax._numbers import check_count, check_flag, check_number, check_word
 from lama_optax._probes import PROBES
 from lama_optax.estimators._protocol import (
     UNROLLED_LAYERS,
@@ -238,4 +238,5 @@ def hutchinson(
     check_word("scope", scope, ("joint", "block"))
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
+    check_flag("has_aux", has_aux)
     return _Hutchinson(num_probes, probe, hvp, fd_step, scope, chunk_size, has_aux)

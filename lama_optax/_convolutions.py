@@ -2,7 +2,7 @@
 
 XLA's CPU compiler has fast code for convolutions whose axes are in one order. It brings others
 into that order, the derivatives by kernels among them, but not within loops and conditions
-(jax 0.10 and 0.12): there they take some thirty times as long.
+(jax 0.10 and 0.12): there they take many times as long.
 """
 
 from collections.abc import Callable, Sequence

@@ -120,8 +120,7 @@ class _Flipout:
 def _example_signs(key: jax.Array, batch_size: int, num_signs: int) -> jax.Array:
     """Rademacher numbers as `signs` draws them, shape (batch_size, num_signs), int8.
 
-    Unpacked in a loop, which XLA does not fuse: else each use of a sign would unpack it anew, 7 %
-    of a transformer's estimate.
+    Unpacked in a loop, which XLA does not fuse: else each use of a sign would unpack it anew.
     """
     words = jax.random.bits(key, (batch_size, -(-num_signs // 32)), jnp.uint32)
 

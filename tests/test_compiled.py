@@ -7,16 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 
-from lama_optax import (
-    exact_trace,
-    flipout,
-    gauss_newton,
-    hutchinson,
-    lama_adam,
-    layer_curvature,
-)
+from lama_optax import flipout, hutchinson, lama_adam, layer_curvature
 
 # optax.adam promotes implicitly.
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation")]
@@ -170,61 +162,3 @@ def test_flipouts_probes_share_the_gradient():
     }
     assert outside.count(" dot(") + sum(bodies[name].count(" dot(") for name in fused) == 5
     assert count(program, "dot") == 9
-
-
-def image_outputs(params, image):
-    """Axes in Flax's order and, of the second convolution, in PyTorch's and Equinox's."""
-    x = nn.Conv(4, (3, 3), strides=2).apply({"params": params["first"]}, image)
-    x = jnp.moveaxis(nn.relu(x), -1, 0)[None]
-    return jax.lax.conv(x, params["second"]["kernel"], (1, 1), "SAME")[0].mean(axis=(1, 2))
-
-
-def output_loss(outputs, image):
-    return jnp.mean((outputs - image[0, 0, 0]) ** 2)
-
-
-def image_loss(params, image):
-    return output_loss(image_outputs(params, image), image)
-
-
-IMAGE_PARAMS = {
-    "first": {"kernel": jnp.full((3, 3, 3, 4), 0.1), "bias": jnp.zeros(4)},
-    "second": {"kernel": jnp.full((5, 4, 2, 2), 0.1)},
-}
-IMAGES = jnp.linspace(-1, 1, 8 * 6 * 6 * 3).reshape(8, 6, 6, 3)
-
-
-@pytest.mark.parametrize(
-    "estimator",
-    [
-        *(hutchinson(3, hvp="exact", scope=scope) for scope in ("joint", "block")),
-        *(hutchinson(3, hvp="finite_difference", scope=scope) for scope in ("joint", "block")),
-        *(flipout(3, scope=scope) for scope in ("joint", "block")),
-        exact_trace(),
-        gauss_newton(),
-    ],
-    ids=str,
-)
-def test_convolutions_in_branches_have_their_axes_in_the_order_of_fast_code(estimator):
-    """XLA's CPU compiler brings others into it outside of loops and branches alone."""
-
-    def estimate(params):
-        return layer_curvature(
-            params,
-            0,
-            estimator=estimator,
-            value_fn=lambda p: jnp.mean(jax.vmap(image_loss, (None, 0))(p, IMAGES)),
-            example_value_fn=image_loss,
-            example_output_fn=image_outputs,
-            output_loss_fn=output_loss,
-            batch=IMAGES,
-        ).mean
-
-    @jax.jit
-    def step(params, is_due):
-        return jax.lax.cond(is_due, estimate, lambda p: jnp.zeros(2), params)
-
-    program = step.lower(IMAGE_PARAMS, True).compile().as_text()
-    orders = re.findall(r" convolution\(.*dim_labels=(\w+->\w+)", program)
-    assert orders
-    assert set(orders) == {"b01f_01io->b01f"}

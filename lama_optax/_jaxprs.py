@@ -45,3 +45,10 @@ def apply(jaxpr: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
     )
     results = iter(jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, ()))(*variables.values()))
     return [None if isinstance(v, jex.DropVar) else next(results) for v in eqn.outvars]
+
+
+def names_in(closed: Any) -> frozenset[str]:
+    """The names of all operations in a jaxpr and in those that it calls."""
+    jaxpr = getattr(closed, "jaxpr", closed)
+    names = frozenset(eqn.primitive.name for eqn in jaxpr.eqns)
+    return names.union(*(names_in(inner) for inner in jex.subjaxprs(jaxpr)))

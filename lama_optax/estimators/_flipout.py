@@ -18,6 +18,7 @@ import optax
 
 from lama_optax._convolutions import channels_last
 from lama_optax._equations import average_curvature
+from lama_optax._jaxprs import names_in
 from lama_optax._layers import Layers
 from lama_optax._numbers import check_count, check_word
 from lama_optax._perturb import evaluate
@@ -29,15 +30,17 @@ from lama_optax._perturbed import (
     Uses,
 )
 from lama_optax._probes import signs
+from lama_optax._second_derivatives import second_derivatives
 from lama_optax.estimators._protocol import (
-    UNROLLED_LAYERS,
     LayerCurvature,
     check_batch,
-    names_in,
+    of_each_device,
     scalar_objective,
 )
 
 PyTree = Any
+# Up to so many layers their blocks are estimated one by one, unless asked otherwise.
+_BLOCK_LAYERS = 8
 # The layers' scales differ by at most 2 to this power.
 _MAX_BALANCE = 6
 
@@ -70,7 +73,7 @@ class _Flipout:
             )
         check_batch(batch)
         is_block = self.scope == "block" or (
-            self.scope is None and 0 < len(layers.names) <= UNROLLED_LAYERS
+            self.scope is None and 0 < len(layers.names) <= _BLOCK_LAYERS
         )
         loss = _ExampleLoss(example_value_fn, params, batch, layers)
         num_layers = len(layers.names)
@@ -78,25 +81,16 @@ class _Flipout:
 
         def joint(probe: PyTree, own: jax.Array, example: PyTree) -> jax.Array:
             def along(t: jax.Array) -> jax.Array:
-                return loss(t, range(num_layers), probe, own, example)
+                return loss(t, probe, own, example)
 
-            t = jnp.zeros(num_layers, layers.dtype)
-            return jax.jvp(jax.grad(along), (t,), (scale,))[1] / scale
+            t = loss.zeros()
+            return jax.jvp(jax.grad(along), (t,), (t + scale,))[1] / scale
 
         def block(probe: PyTree, own: jax.Array, example: PyTree) -> jax.Array:
-            def second_derivative(layer: int) -> jax.Array:
-                one = jnp.ones((), layers.dtype)
-                basis = jnp.asarray([i == layer for i in range(num_layers)], layers.dtype)
+            def along(*t: jax.Array) -> jax.Array:
+                return loss(t, probe, own, example)
 
-                def along(t: jax.Array) -> jax.Array:
-                    return loss(t * basis, [layer], probe, own, example)
-
-                def first_derivative(t: jax.Array) -> jax.Array:
-                    return jax.jvp(along, (t,), (one,))[1]
-
-                return jax.jvp(first_derivative, (jnp.zeros_like(one),), (one,))[1]
-
-            return jnp.stack([second_derivative(layer) for layer in range(num_layers)])
+            return jnp.stack(second_derivatives(along, list(loss.zeros())))
 
         per_example = channels_last(
             jax.vmap(block if is_block else joint, in_axes=(None, 0, 0)), loss.primitives
@@ -160,28 +154,26 @@ class _ExampleLoss:
         batch: PyTree,
         layers: Layers,
     ):
-        self._params, self._layers = params, layers
         example = jax.tree.map(lambda x: x[0], batch)
         self.batch_size = jax.tree.leaves(batch)[0].shape[0]
+        self._layers = layers
 
         def value(p: PyTree, example: PyTree) -> jax.Array:
             objective = scalar_objective(lambda p: example_value_fn(p, example), p, has_aux=False)
             return objective(p).astype(layers.dtype)
 
-        self._jaxpr = jax.make_jaxpr(value)(params, example)
+        self._value = value(params, example)
+        self._params = of_each_device(params, self._value)
+        self._jaxpr = jax.make_jaxpr(value)(self._params, example)
         self.primitives = names_in(self._jaxpr)
         # Which signs each leaf can carry in all its uses, and which leaves have one use alone, is
         # found by trying, on shapes alone.
         self._signed = [tuple(range(leaf.ndim)) for leaf in jax.tree.leaves(params)]
         self._single = frozenset(range(len(self._signed)))
-        t = jnp.zeros(len(layers.names), layers.dtype)
-        every_layer = range(len(layers.names))
         while True:
             own = jax.ShapeDtypeStruct((self.num_signs,), jnp.int8)
             try:
-                jax.eval_shape(
-                    lambda p, own, e: self(t, every_layer, p, own, e), params, own, example
-                )
+                jax.eval_shape(lambda v, own: self(self.zeros(), v, own, example), params, own)
             except DropSigns as drop:
                 self._signed[drop.leaf] = tuple(
                     axis for axis in self._signed[drop.leaf] if axis not in drop.origins
@@ -199,7 +191,11 @@ class _ExampleLoss:
             )
             if len(axes) < leaf.ndim
         }
-        self.independent = [layer not in shared for layer in every_layer]
+        self.independent = [layer not in shared for layer in range(len(layers.names))]
+
+    def zeros(self) -> jax.Array:
+        """The point t at which the loss is differentiated, shape (L,)."""
+        return of_each_device(jnp.zeros(len(self._layers.names), self._layers.dtype), self._value)
 
     @property
     def num_signs(self) -> int:
@@ -220,16 +216,21 @@ class _ExampleLoss:
         return ranges
 
     def __call__(
-        self, t: jax.Array, active: Sequence[int], probe: PyTree, own: jax.Array, example: PyTree
+        self,
+        t: Sequence[jax.Array] | jax.Array,
+        probe: PyTree,
+        own: jax.Array,
+        example: PyTree,
     ) -> jax.Array:
-        """The loss where only the weights of the ``active`` layers are perturbed.
+        """The loss where layer l's weights are moved by ``t[l]``.
 
         ``own``, of shape (num_signs,), are the example's signs.
         """
-        leaves, probes = jax.tree.leaves(self._params), jax.tree.leaves(probe)
+        leaves = jax.tree.leaves(self._params)
+        probes = jax.tree.leaves(of_each_device(probe, self._value))
         scales = jax.tree.leaves(self._layers.spread(t, self._params))
-        args: list[jax.Array | Perturbed] = []
         uses = Uses(self._single)
+        weights = []
         for i, (leaf, v, scale, ranges) in enumerate(
             zip(leaves, probes, scales, self._sign_ranges(), strict=True)
         ):
@@ -241,14 +242,8 @@ class _ExampleLoss:
                 )
                 for axes, start, stop in ranges
             )
-            args.append(
-                Perturbed(i, leaf, v, scale, groups, uses) if self._is_active(i, active) else leaf
-            )
-        return evaluate(self._jaxpr, [*args, *jax.tree.leaves(example)])[0]
-
-    def _is_active(self, leaf: int, active: Sequence[int]) -> bool:
-        first, depth = self._layers.leaf_layer[leaf], self._layers.leaf_depth[leaf]
-        return any(first <= layer < first + (depth or 1) for layer in active)
+            weights.append(Perturbed(i, leaf, v, scale, groups, uses))
+        return evaluate(self._jaxpr, [*weights, *jax.tree.leaves(example)])[0]
 
 
 def _standard_error(samples: jax.Array, independent: list[bool]) -> jax.Array:

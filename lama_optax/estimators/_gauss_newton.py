@@ -18,11 +18,12 @@ import jax.numpy as jnp
 
 from lama_optax._convolutions import channels_last
 from lama_optax._equations import average_curvature
+from lama_optax._jaxprs import names_in
 from lama_optax._layers import Layers
 from lama_optax._numbers import check_count
 from lama_optax._perturb import evaluate
 from lama_optax._perturbed import Perturbed, Taps, UsedAgain
-from lama_optax.estimators._protocol import LayerCurvature, check_batch, names_in
+from lama_optax.estimators._protocol import LayerCurvature, check_batch, of_each_device
 
 PyTree = Any
 # Of the Jacobians of all examples, so many entries are held at once.
@@ -80,7 +81,7 @@ class _GaussNewton:
         def traces(example: PyTree) -> jax.Array:
             outputs = functools.partial(network, example=example)
             z, pull_back, rows = jax.vjp(outputs, network.moves(), has_aux=True)
-            (jacobian,) = jax.vmap(pull_back)(jnp.eye(count, dtype=z.dtype))
+            (jacobian,) = jax.vmap(pull_back)(of_each_device(jnp.eye(count, dtype=z.dtype), z))
             return network.by_layer(jacobian, rows, output_hessian(z, example))
 
         of_example = channels_last(traces, network.primitives)
@@ -114,19 +115,22 @@ class _Network:
     ):
         example = jax.tree.map(lambda x: x[0], batch)
         self._layers = layers
-        self._leaves, self._structure = jax.tree.flatten(params)
-        self._jaxpr, out = jax.make_jaxpr(output_fn, return_shape=True)(params, example)
-        self.primitives = names_in(self._jaxpr)
+        out = jax.eval_shape(output_fn, params, example)
         if not hasattr(out, "shape") or not jnp.issubdtype(out.dtype, jnp.floating):
             raise ValueError(f"example_output_fn must return one real array; got {out}.")
         self.shape = out.shape
+        self._outputs = output_fn(params, example)
+        params = of_each_device(params, self._outputs)
+        self._leaves, self._structure = jax.tree.flatten(params)
+        self._jaxpr = jax.make_jaxpr(output_fn)(params, example)
+        self.primitives = names_in(self._jaxpr)
         # A stacked leaf holds several layers.
         tapped = {i for i, depth in enumerate(layers.leaf_depth) if depth is None}
         self._shapes: dict[int, tuple[int, int]] = dict.fromkeys(tapped, (0, 0))
         while True:
             taps = Taps({})
             try:
-                jax.eval_shape(lambda e, taps=taps: self._outputs({}, taps, e), example)
+                jax.eval_shape(lambda e, taps=taps: self._evaluated({}, taps, e), example)
             except UsedAgain as use:
                 del self._shapes[use.leaf]
             else:
@@ -136,10 +140,11 @@ class _Network:
 
     def moves(self) -> dict[int, jax.Array]:
         """Of each leaf, zeros."""
-        return {
+        zeros = {
             i: jnp.zeros(self._shapes.get(i, leaf.shape), leaf.dtype)
             for i, leaf in enumerate(self._leaves)
         }
+        return of_each_device(zeros, self._outputs)
 
     @property
     def entries(self) -> int:
@@ -153,9 +158,9 @@ class _Network:
     ) -> tuple[jax.Array, dict[int, jax.Array]]:
         """The outputs, flat, and the rows p of each leaf that is used in a product."""
         taps = Taps({i: moves[i] for i in self._shapes})
-        return self._outputs(moves, taps, example), taps.rows
+        return self._evaluated(moves, taps, example), taps.rows
 
-    def _outputs(self, moves: dict[int, jax.Array], taps: Taps, example: PyTree) -> jax.Array:
+    def _evaluated(self, moves: dict[int, jax.Array], taps: Taps, example: PyTree) -> jax.Array:
         args: list[jax.Array | Perturbed] = []
         for i, leaf in enumerate(self._leaves):
             if i in self._shapes:

@@ -16,7 +16,6 @@ from lama_optax._layers import Layers
 from lama_optax._numbers import check_count, check_flag, check_number, check_word
 from lama_optax._probes import PROBES
 from lama_optax.estimators._protocol import (
-    UNROLLED_LAYERS,
     LayerCurvature,
     check_twice_differentiable,
     has_custom_vjp,
@@ -26,6 +25,8 @@ from lama_optax.estimators._protocol import (
 
 PyTree = Any
 Objective = Callable[[PyTree], jax.Array]
+# Up to so many layers blocks are estimated in one program; more would compile for long.
+_UNROLLED_LAYERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +58,15 @@ class _Hutchinson:
             check_twice_differentiable(objective, params, primitives)
         quadratic_forms = self._quadratic_forms(objective, params, layers, primitives)
         size = layers.size_array()
+        chunk = self.chunk_size or 1
 
         def sample(probe_key: jax.Array) -> jax.Array:
             probe = PROBES[self.probe](probe_key, params, layers)
-            return average_curvature(quadratic_forms(probe), size)
+            at = params if chunk >= self.num_probes else _anew(params, probe_key)
+            return average_curvature(quadratic_forms(at, probe), size)
 
         keys = jax.random.split(key, self.num_probes)
-        samples = _map(sample, keys, self.chunk_size or 1)
+        samples = _map(sample, keys, chunk)
         return LayerCurvature(
             mean=jnp.mean(samples, axis=0),
             std_error=_standard_error(samples),
@@ -72,13 +75,13 @@ class _Hutchinson:
 
     def _quadratic_forms(
         self, objective: Objective, params: PyTree, layers: Layers, primitives: frozenset[str]
-    ) -> Callable[[PyTree], jax.Array]:
-        """The function of one probe that returns ``v_l^T H v_l`` for every layer, shape (L,)."""
+    ) -> Callable[[PyTree, PyTree], jax.Array]:
+        """The function of params and a probe that returns each ``v_l^T H v_l``, shape (L,)."""
         num_layers = len(layers.names)
         has_forward = self.hvp == "exact" and not has_custom_vjp(primitives)
-        if self.scope == "block" and has_forward and 0 < num_layers <= UNROLLED_LAYERS:
+        if self.scope == "block" and has_forward and 0 < num_layers <= _UNROLLED_LAYERS:
 
-            def second_derivatives(probe: PyTree) -> jax.Array:
+            def second_derivatives(params: PyTree, probe: PyTree) -> jax.Array:
                 derivatives = [
                     _second_derivative(objective, params, probe, layers, layer)
                     for layer in range(num_layers)
@@ -88,20 +91,22 @@ class _Hutchinson:
             return channels_last(second_derivatives, primitives)
         hvp = self._hessian_vector_product(objective, params, primitives)
 
-        def joint(probe: PyTree) -> jax.Array:
+        def joint(params: PyTree, probe: PyTree) -> jax.Array:
             products = jax.tree.map(
-                lambda v, hv: v.astype(layers.dtype) * hv.astype(layers.dtype), probe, hvp(probe)
+                lambda v, hv: v.astype(layers.dtype) * hv.astype(layers.dtype),
+                probe,
+                hvp(params, probe),
             )
             return layers.sum(products)
 
-        def block(probe: PyTree) -> jax.Array:
+        def block(params: PyTree, probe: PyTree) -> jax.Array:
             def one_layer(layer: jax.Array) -> jax.Array:
                 is_layer = jnp.arange(num_layers) == layer
                 masked = jax.tree.map(
                     lambda v, m: jnp.where(m, v, 0), probe, layers.spread(is_layer, params)
                 )
                 # A product with 0 would let the other layers' infinities through.
-                return jnp.sum(jnp.where(is_layer, joint(masked), 0))
+                return jnp.sum(jnp.where(is_layer, joint(params, masked), 0))
 
             return jax.lax.map(one_layer, jnp.arange(num_layers))
 
@@ -109,10 +114,10 @@ class _Hutchinson:
 
     def _hessian_vector_product(
         self, objective: Objective, params: PyTree, primitives: frozenset[str]
-    ) -> Callable[[PyTree], PyTree]:
+    ) -> Callable[[PyTree, PyTree], PyTree]:
         if self.hvp == "exact":
 
-            def product(v: PyTree) -> PyTree:
+            def product(params: PyTree, v: PyTree) -> PyTree:
                 return jax.jvp(jax.grad(objective), (params,), (v,))[1]
 
             return channels_last(product, primitives)
@@ -121,13 +126,11 @@ class _Hutchinson:
         # H v ~ (grad L(theta + delta v) - grad L(theta)) / delta
         at_params = gradient(params)
 
-        def finite_difference(v: PyTree) -> PyTree:
-            shifted = jax.tree.map(
-                lambda p, d: p + jnp.asarray(self.fd_step, p.dtype) * d, params, v
-            )
+        def finite_difference(params: PyTree, v: PyTree) -> PyTree:
+            moved = jax.tree.map(lambda p, d: p + jnp.asarray(self.fd_step, p.dtype) * d, params, v)
             return jax.tree.map(
                 lambda g1, g0: (g1 - g0) / jnp.asarray(self.fd_step, g0.dtype),
-                gradient(shifted),
+                gradient(moved),
                 at_params,
             )
 
@@ -160,6 +163,18 @@ def _second_derivative(
         return jax.jvp(along, (own,), (moved,))[1]
 
     return jax.jvp(slope, ({i: leaves[i] for i in moved},), (moved,))[1]
+
+
+def _anew(params: PyTree, probe_key: jax.Array) -> PyTree:
+    """``params``, whose vectors XLA takes for others in each turn of a loop over probes.
+
+    Else it moves all that the turns share out of the loop, and holds it beside a turn's own values.
+    Not the matrices: where they are spread over devices, each turn would gather them.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    vectors = {i: leaf for i, leaf in enumerate(leaves) if leaf.ndim < 2}
+    vectors, _ = jax.lax.optimization_barrier((vectors, probe_key))
+    return jax.tree.unflatten(treedef, [vectors.get(i, leaf) for i, leaf in enumerate(leaves)])
 
 
 def _map(fn: Callable[[jax.Array], jax.Array], keys: jax.Array, chunk: int) -> jax.Array:

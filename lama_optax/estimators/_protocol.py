@@ -4,15 +4,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from lama_optax._jaxprs import names_in
 from lama_optax._layers import Layers, LayerSpec, is_masked, resolve_layers
 
 PyTree = Any
-# Up to so many layers estimates are unrolled layer by layer; more would compile for long.
-UNROLLED_LAYERS = 8
 
 
 class LayerCurvature(NamedTuple):
@@ -131,6 +129,15 @@ def check_batch(batch: PyTree) -> int:
     return lengths.pop()[0]
 
 
+def of_each_device(tree: PyTree, like: jax.Array) -> PyTree:
+    """``tree``, in `jax.shard_map` an own one of each device if ``like`` is.
+
+    JAX sums derivatives by what the devices share over the devices, though examples do not.
+    """
+    zero = jnp.zeros_like(jnp.sum(like))
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
+
+
 def scalar_objective(
     value_fn: Callable[[PyTree], Any] | None, params: PyTree, has_aux: bool
 ) -> Callable[[PyTree], jax.Array]:
@@ -233,10 +240,3 @@ def check_twice_differentiable(
             " without a JVP). Use hutchinson(hvp='finite_difference'), which needs gradients alone,"
             " or pass a value_fn that does without the operation."
         ) from cause
-
-
-def names_in(closed: Any) -> frozenset[str]:
-    """The names of all operations in a jaxpr and in those that it calls."""
-    jaxpr = getattr(closed, "jaxpr", closed)
-    names = frozenset(eqn.primitive.name for eqn in jaxpr.eqns)
-    return names.union(*(names_in(inner) for inner in jex.subjaxprs(jaxpr)))

@@ -1,0 +1,245 @@
+"""Second derivatives of one function along several directions, each by one pass forwards.
+
+With x_j the values that a function L is evaluated through, x_j = f_j(x), along one direction
+
+    x_j' = D f_j x',    x_j'' = D^2 f_j [x', x'] + D f_j x'',
+
+and x_j'' may end at any cut through the evaluation: its share of L'' is (dL/dx_j) . x_j''. Here it
+ends before every product, so that a product that follows is evaluated for x' alone and not for x''
+too, as forward over forward does. The cotangents dL/dx_j are of one gradient for all directions.
+"""
+
+import itertools
+from collections.abc import Callable, Container, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from lama_optax._jaxprs import CALLS, apply, interpret, names_in
+
+_PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
+_ELEMENTWISE = frozenset(
+    "abs add convert_element_type copy cos div erf exp exp2 expm1 integer_pow log log1p logistic"
+    " max min mul neg pow rsqrt select_n sin sqrt square sub tanh".split()
+)
+
+
+def second_derivatives(fn: Callable[..., jax.Array], zeros: Sequence[jax.Array]) -> list[jax.Array]:
+    """``d^2 fn / d t_i^2`` for each argument of a function of scalars t, which are ``zeros``."""
+    evaluation = _Evaluation(fn, zeros)
+    one = jnp.ones_like(zeros[0])
+    found: list[jax.Array] = []
+    for i in range(len(zeros)):
+        found.append(evaluation.second_derivative(i, one))
+        # Always 1, but XLA does not know: else it holds the values of all directions at once.
+        one = jnp.where(found[-1] > jnp.inf, 0, one)
+    return found
+
+
+class _Chain(NamedTuple):
+    """An elementwise function of one value, by its first and its second derivative."""
+
+    root: Any  # the variable of that value
+    slope: jax.Array
+    bend: jax.Array | None  # None: 0
+
+
+Derivatives = dict[Any, jax.Array]  # of variables; those that are not there are 0
+
+
+class _Evaluation:
+    """One evaluation of a function: what all directions have in common."""
+
+    def __init__(self, fn: Callable[..., jax.Array], args: Sequence[jax.Array]):
+        """``fn``: a function of scalars, whose values are ``args``."""
+
+        def inlined(*t: jax.Array) -> jax.Array:
+            return interpret(jax.make_jaxpr(fn)(*t), t, _inline)[0]
+
+        closed = jax.make_jaxpr(inlined)(*args)
+        self._jaxpr = closed.jaxpr
+        self._rules: dict[Any, _Rule] = {}
+        moving = {v for v in _following(self._jaxpr, self._jaxpr.invars) if _is_real(v)}
+        ends = [v for eqn in self._jaxpr.eqns if _multiplies(eqn) for v in eqn.invars]
+        ends = [*dict.fromkeys(v for v in [*ends, *self._jaxpr.outvars] if _is_in(v, moving))]
+        place = {v: i for i, v in enumerate(ends)}
+
+        def value(moves: dict[int, jax.Array]) -> tuple[jax.Array, Any]:
+            inputs, at_ends = [], {}
+
+            def equation(jaxpr: Any, eqn: Any, ins: list[Any]) -> list[Any]:
+                inputs.append(ins)
+                outs = apply(jaxpr, eqn, ins)
+                for i, v in enumerate(eqn.outvars):
+                    if v in place:
+                        at_ends[place[v]] = outs[i]
+                        outs[i] += moves.get(place[v], 0)
+                return outs
+
+            return interpret(closed, args, equation)[0], (inputs, at_ends)
+
+        moves = jax.tree.map(jnp.zeros_like, value({})[1][1])
+        result, pull_back, (self._inputs, _) = jax.vjp(value, moves, has_aux=True)
+        (cotangents,) = pull_back(jnp.ones_like(result))
+        self._cotangents = {ends[i]: x.astype(args[0].dtype) for i, x in cotangents.items()}
+        self._chains = self._find_chains(moving)
+
+    def _find_chains(self, moving: set[Any]) -> dict[Any, _Chain]:
+        chains: dict[Any, _Chain] = {}
+
+        def chain_to(v: Any, x: jax.Array) -> _Chain:
+            # Where x'' ends another chain begins.
+            is_root = v not in chains or v in self._cotangents
+            return _Chain(v, jnp.ones_like(x), None) if is_root else chains[v]
+
+        for eqn, ins in zip(self._jaxpr.eqns, self._inputs, strict=True):
+            moved = _places(eqn, moving)
+            if not moved or eqn.primitive.name not in _ELEMENTWISE:
+                continue
+            before = {eqn.invars[i]: chain_to(eqn.invars[i], ins[i]) for i in moved}
+            root, *others = {chain.root for chain in before.values()}
+            if not others:
+                slopes = {v: chain.slope for v, chain in before.items()}
+                bends = {v: chain.bend for v, chain in before.items() if chain.bend is not None}
+                first, second = _Rule(self._jaxpr, eqn, ins, slopes, bends)(ins, slopes, bends)
+                chains |= {v: _Chain(root, slope, second.get(v)) for v, slope in first.items()}
+        return chains
+
+    def second_derivative(self, i: int, one: jax.Array) -> jax.Array:
+        """Along argument ``i``; ``one`` is 1."""
+        first: Derivatives = {self._jaxpr.invars[i]: one}
+        second: Derivatives = {}
+        ended = []
+        for number, (eqn, ins) in enumerate(zip(self._jaxpr.eqns, self._inputs, strict=True)):
+            moved, bent = _places(eqn, first), _places(eqn, second)
+            if not moved:
+                continue
+            if eqn.outvars[0] in self._chains:
+                new_first, new_second = self._along_chain(eqn.outvars[0], first, second)
+            else:
+                case = number, moved, bent
+                if case not in self._rules:
+                    self._rules[case] = _Rule(self._jaxpr, eqn, ins, first, second)
+                new_first, new_second = self._rules[case](ins, first, second)
+                for v in new_second.keys() & self._cotangents.keys():
+                    new_second[v] = self._weighted(v, new_second[v])
+            first |= new_first
+            for v, x in new_second.items():
+                if v in self._cotangents:
+                    ended.append(jnp.sum(x))
+                else:
+                    second[v] = x
+        return sum(ended, jnp.zeros_like(one))
+
+    def _along_chain(
+        self, v: Any, first: Derivatives, second: Derivatives
+    ) -> tuple[Derivatives, Derivatives]:
+        """The derivatives of ``v``, the second one times its cotangent if it ends there."""
+        root, slope, bend = self._chains[v]
+        along_root = first[root].astype(slope.dtype)
+        new_first = {v: slope * along_root}
+        if v in self._cotangents:
+            # First what all directions have in common: XLA multiplies it once.
+            slope = self._weighted(v, slope)
+            bend = None if bend is None else self._weighted(v, bend)
+        terms = [] if bend is None else [bend * jnp.square(along_root.astype(bend.dtype))]
+        if root in second:
+            terms.append(slope * second[root].astype(slope.dtype))
+        return new_first, {v: sum(terms[1:], terms[0])} if terms else {}
+
+    def _weighted(self, v: Any, x: jax.Array) -> jax.Array:
+        cotangent = self._cotangents[v]
+        return cotangent * x.astype(cotangent.dtype)
+
+
+class _Rule:
+    """How what an equation gives follows the derivatives of what it gets."""
+
+    def __init__(
+        self, jaxpr: Any, eqn: Any, ins: list[Any], first: Derivatives, second: Derivatives
+    ):
+        """Of arrays like these."""
+        moved, bent = (
+            [*dict.fromkeys(eqn.invars[i] for i in _places(eqn, known))]
+            for known in (first, second)
+        )
+        outvars = [v for v in eqn.outvars if not isinstance(v, jex.DropVar) and _is_real(v)]
+
+        def derivatives(ins: list[Any], slopes: list[jax.Array], bends: list[jax.Array]) -> Any:
+            def outs(at: list[jax.Array]) -> list[jax.Array]:
+                new = dict(zip(moved, at, strict=True))
+                full = [
+                    new[v] if _is_in(v, new) else x for v, x in zip(eqn.invars, ins, strict=True)
+                ]
+                results = zip(eqn.outvars, apply(jaxpr, eqn, full), strict=True)
+                return [x for v, x in results if v in outvars]
+
+            def along(at: list[jax.Array], bent_slopes: list[jax.Array]) -> list[jax.Array]:
+                new = dict(zip([*moved, *bent], [*slopes, *bent_slopes], strict=True))
+                return jax.jvp(outs, (at,), ([new[v] for v in moved],))[1]
+
+            at = [ins[eqn.invars.index(v)] for v in moved]
+            bent_slopes = [slopes[moved.index(v)] for v in bent]
+            return jax.jvp(along, (at, bent_slopes), (slopes, bends))
+
+        self._closed = jax.make_jaxpr(derivatives)(
+            ins, [first[v] for v in moved], [second[v] for v in bent]
+        )
+        self._moved, self._bent, self._outvars = moved, bent, outvars
+        # What reads no derivative is 0: D^2 f of a linear f, for one.
+        inner = self._closed.jaxpr
+        following = _following(inner, inner.invars[len(ins) :])
+        self._is_zero = [not _is_in(v, following) for v in inner.outvars]
+
+    def __call__(
+        self, ins: list[Any], first: Derivatives, second: Derivatives
+    ) -> tuple[Derivatives, Derivatives]:
+        """The derivatives of the outputs, first and second."""
+        slopes, bends = [first[v] for v in self._moved], [second[v] for v in self._bent]
+        outs = jex.jaxpr_as_fun(self._closed)(*ins, *slopes, *bends)
+        count = len(self._outvars)
+        new_first, new_second = (
+            {
+                v: x
+                for v, x, zero in zip(self._outvars, outs[part], self._is_zero[part], strict=True)
+                if not zero
+            }
+            for part in (slice(count), slice(count, None))
+        )
+        return new_first, new_second
+
+
+def _inline(jaxpr: Any, eqn: Any, ins: list[Any]) -> Sequence[Any]:
+    if eqn.primitive.name in CALLS:
+        return interpret(eqn.params["jaxpr"], ins, _inline)
+    return apply(jaxpr, eqn, ins)
+
+
+def _multiplies(eqn: Any) -> bool:
+    """Whether an equation is a product, or holds one."""
+    inner = [names_in(jaxpr) for jaxpr in jex.jaxprs_in_params(eqn.params)]
+    return not _PRODUCTS.isdisjoint([eqn.primitive.name, *itertools.chain(*inner)])
+
+
+def _is_in(v: Any, known: Container[Any]) -> bool:
+    return not isinstance(v, jex.Literal) and v in known
+
+
+def _places(eqn: Any, known: Container[Any]) -> tuple[int, ...]:
+    """Which of an equation's inputs are ``known``."""
+    return tuple(i for i, v in enumerate(eqn.invars) if _is_in(v, known))
+
+
+def _is_real(v: Any) -> bool:
+    return jnp.issubdtype(v.aval.dtype, jnp.floating)
+
+
+def _following(jaxpr: Any, sources: Sequence[Any]) -> set[Any]:
+    """``sources`` and all variables of a jaxpr that are computed from them."""
+    found = set(sources)
+    for eqn in jaxpr.eqns:
+        if _places(eqn, found):
+            found.update(eqn.outvars)
+    return found

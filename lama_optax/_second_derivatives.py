@@ -20,10 +20,13 @@ import jax.numpy as jnp
 from lama_optax._jaxprs import CALLS, apply, interpret, names_in
 
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
-_ELEMENTWISE = frozenset(
-    "abs add convert_element_type copy cos div erf exp exp2 expm1 integer_pow log log1p logistic"
-    " max min mul neg pow rsqrt select_n sin sqrt square sub tanh".split()
-)
+# fmt: off
+_ELEMENTWISE = frozenset({
+    "abs", "add", "convert_element_type", "copy", "cos", "div", "erf", "exp", "exp2", "expm1",
+    "integer_pow", "log", "log1p", "logistic", "max", "min", "mul", "neg", "pow", "rsqrt",
+    "select_n", "sin", "sqrt", "square", "sub", "tanh",
+})
+# fmt: on
 
 
 def second_derivatives(fn: Callable[..., jax.Array], zeros: Sequence[jax.Array]) -> list[jax.Array]:

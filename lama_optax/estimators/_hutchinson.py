@@ -61,8 +61,10 @@ class _Hutchinson:
         chunk = self.chunk_size or 1
 
         def sample(probe_key: jax.Array) -> jax.Array:
+            at = params
+            if chunk < self.num_probes:
+                at, probe_key = _anew(params, probe_key)
             probe = PROBES[self.probe](probe_key, params, layers)
-            at = params if chunk >= self.num_probes else _anew(params, probe_key)
             return average_curvature(quadratic_forms(at, probe), size)
 
         keys = jax.random.split(key, self.num_probes)
@@ -165,16 +167,17 @@ def _second_derivative(
     return jax.jvp(slope, ({i: leaves[i] for i in moved},), (moved,))[1]
 
 
-def _anew(params: PyTree, probe_key: jax.Array) -> PyTree:
-    """``params``, whose vectors XLA takes for others in each turn of a loop over probes.
+def _anew(params: PyTree, probe_key: jax.Array) -> tuple[PyTree, jax.Array]:
+    """Both, such that XLA takes the vectors for others in each turn of a loop over probes.
 
     Else it moves all that the turns share out of the loop, and holds it beside a turn's own values.
     Not the matrices: where they are spread over devices, each turn would gather them.
     """
     leaves, treedef = jax.tree.flatten(params)
     vectors = {i: leaf for i, leaf in enumerate(leaves) if leaf.ndim < 2}
-    vectors, _ = jax.lax.optimization_barrier((vectors, probe_key))
-    return jax.tree.unflatten(treedef, [vectors.get(i, leaf) for i, leaf in enumerate(leaves)])
+    vectors, probe_key = jax.lax.optimization_barrier((vectors, probe_key))
+    anew = [vectors.get(i, leaf) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, anew), probe_key
 
 
 def _map(fn: Callable[[jax.Array], jax.Array], keys: jax.Array, chunk: int) -> jax.Array:

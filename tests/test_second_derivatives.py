@@ -1,0 +1,156 @@
+"""Second derivatives by one pass forwards, against `jax.hessian` in float64.
+
+Each function of three scalars moves arrays along directions of its own. The limit, 1e-12 of the
+largest entry, is some thousand roundings of float64; a term that is left out or counted twice is of
+the size of the entry.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lama_optax._jaxprs import names_in
+from lama_optax._second_derivatives import _ELEMENTWISE, second_derivatives
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+RNG = np.random.default_rng(0)
+X, Y, A, B, C = (RNG.normal(size=(4, 4)) for _ in range(5))
+
+
+def moved(t):
+    """Three arrays, each moved by one of the scalars."""
+    return X + t[0] * A, Y + t[1] * B, A + t[2] * C
+
+
+def layers(*t):
+    """Tangents that set in at different depths."""
+    h = X
+    for w in moved(t):
+        h = jnp.tanh(h @ w)
+    return jnp.sum(h**3)
+
+
+def residual(*t):
+    """What a product uses goes on elsewhere too: its second derivative must count once."""
+    x, y, z = moved(t)
+    h = jnp.exp(jnp.sin(x))
+    h = h + jnp.tanh(h @ y) * jnp.square(h)
+    return jnp.sum(jnp.cos(h) @ z) + jnp.sum(h * h)
+
+
+def attention(*t):
+    """Products of two values that move."""
+    x, y, z = moved(t)
+    weights = jax.nn.softmax((X @ x) @ (X @ y).T, axis=-1)
+    return jnp.sum((weights @ (X @ z)) ** 2)
+
+
+def normalised(*t):
+    """Elementwise operations on values of two roots, and reductions."""
+    x, y, z = moved(t)
+    x = (x - jnp.mean(x, 1, keepdims=True)) * jax.lax.rsqrt(jnp.var(x, 1, keepdims=True) + 1e-3)
+    return jnp.sum(jax.nn.gelu(x * jnp.exp(y)) / (1 + z**2)) + jnp.sum(jnp.max(z, axis=0) * y[0])
+
+
+def piecewise(*t):
+    """Operations whose results are no real numbers, or do not move."""
+    x, y, z = moved(t)
+    chosen = jnp.where(x > 0, jnp.square(x), jnp.abs(y) ** 3) * jnp.floor(z)
+    best = jnp.take_along_axis(z**2, jnp.argmax(y, axis=1)[:, None], axis=1)
+    return jnp.sum(chosen) + jnp.sum(best * x) + jnp.sum(jax.lax.stop_gradient(x) * z**3)
+
+
+def recurrent(*t):
+    """A product in a loop."""
+    x, y, z = moved(t)
+    h, hs = jax.lax.scan(lambda h, v: (jnp.tanh(h @ x + v), h * h), z, jnp.stack([y, Y]))
+    return jnp.sum(h) + jnp.sum(hs**2)
+
+
+def nested(*t):
+    """Calls, rules of the user's own, rematerialisation and branches."""
+    x, y, z = moved(t)
+    h = jax.jit(lambda a: jax.nn.silu(a @ y))(jax.nn.relu(x))
+    h = jax.checkpoint(lambda a: jnp.sin(a @ z))(h)
+    h = jax.lax.cond(h[0, 0] > -2, lambda a: a @ a, lambda a: a, h)
+    return jax.nn.logsumexp(h) + jax.jit(jnp.sum)(h * h)
+
+
+def convolved(*t):
+    """A convolution of what moves with a kernel that moves."""
+    x, y, z = moved(t)
+    out = jax.lax.conv_general_dilated(
+        jnp.tanh(x)[None, ..., None], z[:2, :2, None, None], (1, 1), "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    return jnp.sum(jnp.tanh(out[0, ..., 0]) * y)
+
+
+def partly_moved(*t):
+    """One scalar moves a vector, one nothing, one enters as it is."""
+    return jnp.sum(jnp.exp(t[0] * X) @ Y) + t[2] ** 2 * jnp.sin(t[2]) + 3 * t[2] ** 2
+
+
+def constant(*t):
+    """Nothing moves."""
+    return jnp.sum(X) + 0 * t[0]
+
+
+FUNCTIONS = [
+    layers, residual, attention, normalised, piecewise, recurrent, nested, convolved, partly_moved,
+    constant,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["alone", "vmapped"])
+@pytest.mark.parametrize("fn", FUNCTIONS)
+def test_they_are_those_of_the_hessian(fn, mapped):
+    zeros = [jnp.zeros(())] * 3
+
+    def found(at):
+        return jnp.stack(second_derivatives(lambda *t: fn(*(s + at for s in t)), zeros))
+
+    def expected(at):
+        return jnp.diag(jax.hessian(lambda t: fn(*(t + at)))(jnp.zeros(3)))
+
+    points = jnp.asarray([0.0, 0.1, -0.2]) if mapped else jnp.asarray(0.05)
+    if mapped:
+        found, expected = jax.vmap(found), jax.vmap(expected)
+    expected = jax.jit(expected)(points)
+    limit = 1e-12 * max(1, np.max(np.abs(expected)))
+    np.testing.assert_allclose(jax.jit(found)(points), expected, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("name", sorted(_ELEMENTWISE))
+def test_what_counts_as_elementwise_is(name):
+    """Each output depends on the inputs at its own place alone; else no chain would be one."""
+
+    def fn(x):
+        if name in ("add", "div", "max", "min", "mul", "pow", "sub"):
+            return getattr(jax.lax, name)(x, x * x)
+        return {
+            "convert_element_type": lambda: jax.lax.convert_element_type(x, "float32"),
+            "copy": lambda: jnp.copy(x),
+            "integer_pow": lambda: jax.lax.integer_pow(x, 3),
+            "select_n": lambda: jax.lax.select_n(x > 0.4, x, x * x),
+        }.get(name, lambda: getattr(jax.lax, name)(x))()
+
+    x = jnp.asarray([0.3, 0.6, 0.7])
+    assert name in names_in(jax.make_jaxpr(fn)(x))
+    jacobian = np.asarray(jax.jacobian(fn)(x))
+    np.testing.assert_array_equal(jacobian, np.diag(np.diag(jacobian)))
+    assert np.all(np.diag(jacobian) != 0)
+
+
+def test_one_directions_infinity_is_not_anothers():
+    zeros = [jnp.zeros(())] * 3
+
+    def fn(a, b, c):
+        return jnp.sum(jnp.sqrt(a * X**2)) + jnp.sum(jnp.tanh(b * Y) @ A) + jnp.sum((c * X) ** 2)
+
+    first, second, third = jax.jit(lambda: jnp.stack(second_derivatives(fn, zeros)))()
+    assert not np.isfinite(first)
+    assert second == 0
+    np.testing.assert_allclose(third, 2 * np.sum(X**2), rtol=1e-12)

@@ -117,7 +117,7 @@ class _Evaluation:
         ended = []
         for number, (eqn, ins) in enumerate(zip(self._jaxpr.eqns, self._inputs, strict=True)):
             moved, bent = _places(eqn, first), _places(eqn, second)
-            if not moved:
+            if not (moved and eqn.outvars):
                 continue
             if eqn.outvars[0] in self._chains:
                 new_first, new_second = self._along_chain(eqn.outvars[0], first, second)

@@ -291,8 +291,8 @@ def flipout(num_probes: int = 1, *, scope: str | None = None) -> _Flipout:
       scope: ``"joint"``: all layers at once, whatever the depth; in an optimizer, or with the
         gradient as ``updates``, each layer's probe is scaled by about one over the norm of its
         gradient, so that no layer drowns in the noise of others whose curvature is larger.
-        ``"block"``: one layer at a time, without the noise of the other layers: of each its tangents
-        pass forwards once, from where its weights are used. Cost and compile time grow with the
+        ``"block"``: one layer at a time, without the noise of the other layers. Tangents of each
+        pass forwards once, from where its weights are used: cost and compile time grow with the
         number of layers.
         None: ``"block"`` up to 8 layers, where it was measured to be the cheaper too.
 

@@ -130,9 +130,9 @@ def check_batch(batch: PyTree) -> int:
 
 
 def of_each_device(tree: PyTree, like: jax.Array) -> PyTree:
-    """``tree``, in `jax.shard_map` an own one of each device if ``like`` is.
+    """``tree``, which in `jax.shard_map` may differ between devices if ``like`` may.
 
-    JAX sums derivatives by what the devices share over the devices, though examples do not.
+    JAX sums a derivative by what all devices share over them; an example's is its device's own.
     """
     zero = jnp.zeros_like(jnp.sum(like))
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)

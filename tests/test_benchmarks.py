@@ -33,7 +33,13 @@ from benchmarks.workbench._products import (
 )
 from benchmarks.workbench._steps import ADAM, Contender, Step
 from benchmarks.workbench._store import Store, plain
-from benchmarks.workbench._timing import Spread, interleave, paired_ratio, slope
+from benchmarks.workbench._timing import (
+    Spread,
+    interleave,
+    median_interval,
+    paired_ratio,
+    slope,
+)
 from benchmarks.workbench._training import trained
 from lama_optax import lama_scale
 
@@ -237,6 +243,17 @@ def test_contenders_take_turns():
     assert Spread.of([3, 1, 2]) == (2, 1, 3)
 
 
+@pytest.mark.parametrize("count", [6, 40, 200])
+def test_medians_interval_covers(count):
+    rng = np.random.default_rng(count)
+    runs = 4000
+    found = [median_interval(rng.exponential(size=count)) for _ in range(runs)]
+    covered = np.mean([low <= np.log(2) <= high for low, high in found])
+    # The least that order statistics can have from 95 % on; four standard errors of a share.
+    assert 0.95 - 4 * (0.05 / runs) ** 0.5 < covered < 0.98 + 4 * (0.02 / runs) ** 0.5
+    assert median_interval([1.0] * 5) is None
+
+
 def test_slope_is_the_exponent():
     sizes = [1, 10, 100]
     np.testing.assert_allclose(slope(sizes, [2 * s**1.5 for s in sizes]), 1.5)
@@ -372,6 +389,10 @@ def test_step_starts_anew_and_makes_whole_intervals():
     step.run = lambda steps: seen.append(steps) or run(steps)
     assert step.visit()(0) > 0
     assert seen == [3]
+    # The first run says how many more fill the window; these follow without a pause.
+    step.run = lambda steps: seen.append(steps) or 2.0 * steps
+    assert step.visit()(25.0) == 2.0
+    assert seen == [3, 3, 12]
     # Donated buffers are copies: the model's own parameters are still there.
     assert np.isfinite(float(model.value_fn(model.params)))
 

@@ -17,8 +17,6 @@ from lama_optax import Estimator, flipout, hutchinson
 
 ROUNDS, WINDOW = 5, 0.02
 GRADIENT = "gradient"
-#: Block estimates unroll the layers in the program; deeper, they compile for minutes.
-DEEPEST_BLOCK = 16
 
 SIZES: dict[str, tuple[int, ...]] = {
     "K": (1, 4, 16, 64, 256),
@@ -63,7 +61,8 @@ def shape(axis: str, size: int) -> dict[str, Any]:
 
 def contenders(axis: str, size: int, quick: bool) -> list[str]:
     """The labels of the estimators that are timed beside the gradient."""
-    return list(estimators(axis, size))[:1] if quick else list(estimators(axis, size))
+    labels = list(estimators(axis, size))
+    return labels[:1] if quick else labels
 
 
 def estimators(axis: str, size: int) -> dict[str, Estimator]:
@@ -78,8 +77,7 @@ def estimators(axis: str, size: int) -> dict[str, Estimator]:
     if axis == "depth":
         found["hutchinson block"] = hutchinson(1, scope="block")
     found["flipout joint"] = flipout(1, scope="joint")
-    if axis != "depth" or size <= DEEPEST_BLOCK:
-        found["flipout block"] = flipout(1, scope="block")
+    found["flipout block"] = flipout(1, scope="block")
     return found
 
 

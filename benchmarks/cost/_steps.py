@@ -27,8 +27,8 @@ def groups(quick: bool) -> dict[str, tuple[dict[str, Contender], Rounds]]:
             "curvature": (_some(with_curvature((2,))), Rounds(1, 2, 0)),
         }
     return {
-        "first order": (first_order(), Rounds(4, 10, 0.1)),
-        "curvature": (with_curvature(), Rounds(3, 2, 0.1)),
+        "first order": (first_order(), Rounds(10, 20, 0.1)),
+        "curvature": (with_curvature(), Rounds(5, 2, 0.1)),
     }
 
 

@@ -12,7 +12,13 @@ from benchmarks.cost._steps import groups
 from benchmarks.moons._settings import Settings as MoonsSettings
 from benchmarks.workbench._jobs import Models, Outcome
 from benchmarks.workbench._steps import ADAM, GIVEN, Contender, default_flipout, lama_label
-from benchmarks.workbench._timing import Spread, paired_ratio, slope
+from benchmarks.workbench._timing import (
+    Spread,
+    median_interval,
+    paired_ratio,
+    paired_ratios,
+    slope,
+)
 from lama_optax import layer_names
 
 #: At most: interval -> model -> step time over Adam's.
@@ -77,6 +83,7 @@ def _steps(found: _Found, name: str, quick: bool) -> dict[str, dict[str, Any]]:
             label: {
                 "seconds": Spread.of(seconds[label]),
                 "over_adam": paired_ratio(seconds, label, ADAM),
+                "interval": median_interval(paired_ratios(seconds, label, ADAM)),
                 "rounds": len(seconds[label]),
                 "temp_bytes": temp[label],
                 "over_floor": _over_floor(floor, contender, seconds[label]),
@@ -149,10 +156,12 @@ def lines(summary: dict[str, Any], traces: dict[str, Any] | None) -> list[dict[s
             is_endless = line.get("holds") and line.get("figure") is None
             result.append(line | {"figure": math.inf} if is_endless else line)
 
-    def at_most(measure: str, model: str, target: float, found: Any, how: str) -> None:
-        line = {"measure": measure, "model": model, "target": target, "how": how}
+    def step(measure: str, model: str, target: float, group: str, label: str) -> None:
+        line = {"measure": measure, "model": model, "target": target, "how": label}
+        found = summary["models"][model]["steps"].get(group, {}).get(label)
         if found is not None:
-            line |= {"figure": found, "holds": found <= target}
+            ratio = found["over_adam"].median
+            line |= {"figure": ratio, "interval": found["interval"], "holds": ratio <= target}
         result.append(line)
 
     of_traces("standard error")
@@ -161,14 +170,12 @@ def lines(summary: dict[str, Any], traces: dict[str, Any] | None) -> list[dict[s
             if model not in summary["models"]:
                 continue
             label = lama_label(summary["models"][model]["flipout"], interval)
-            ratio = _ratio(summary, model, "curvature", label)
-            at_most(f"step, estimate every {interval}", model, target, ratio, label)
+            step(f"step, estimate every {interval}", model, target, "curvature", label)
     of_traces("work, by probes")
     of_traces("work")
     of_traces("telemetry")
     for model in summary["models"]:
-        ratio = _ratio(summary, model, "first order", GIVEN)
-        at_most("step without an estimate", model, GIVEN_TARGET, ratio, GIVEN)
+        step("step without an estimate", model, GIVEN_TARGET, "first order", GIVEN)
     times = summary["moons"].get("lama", {}).get("times_torch")
     line = {"measure": "seeds per second", "model": "moons", "target": MOONS_TARGET}
     torch = summary["moons"]["torch"] or {}
@@ -177,8 +184,3 @@ def lines(summary: dict[str, Any], traces: dict[str, Any] | None) -> list[dict[s
     if times is not None:
         line |= {"figure": times, "holds": times >= MOONS_TARGET}
     return [*result, line]
-
-
-def _ratio(summary: dict[str, Any], model: str, group: str, label: str) -> float | None:
-    steps = summary["models"].get(model, {"steps": {}})["steps"].get(group, {})
-    return steps[label]["over_adam"].median if label in steps else None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import binom
 
 #: Works for about as many seconds as it is told, returns the seconds that one unit of work took.
 Visit = Callable[[float], float]
@@ -54,9 +55,27 @@ def interleave(
     return seconds
 
 
+def paired_ratios(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> list[float]:
+    """The contender's time over the reference's in the same round, of all rounds."""
+    return np.divide(seconds[name], seconds[reference]).tolist()
+
+
 def paired_ratio(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> Spread:
-    """The contender's time over the reference's in the same round."""
-    return Spread.of(np.divide(seconds[name], seconds[reference]).tolist())
+    """The median and the range of `paired_ratios`."""
+    return Spread.of(paired_ratios(seconds, name, reference))
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the median, by order statistics; None below six values.
+
+    Each value is above the median with probability 1/2, so their number is binomial. Assumes the
+    values to be independent.
+    """
+    ordered = np.sort(values)
+    below = int(binom.ppf(0.025, len(ordered), 0.5))
+    if below == 0:
+        return None
+    return float(ordered[below - 1]), float(ordered[-below])
 
 
 def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:

@@ -176,7 +176,8 @@ def lines(found: Sequence[dict[str, Any]]) -> str:
     return (
         "What had to hold\n"
         + table(header, rows)
-        + "\nSteps are over optax.adam's, at most; in brackets a 95 % interval of the median, if the"
-        " rounds are\nindependent. Standard error: flipout K = 1 over joint Rademacher K = 10, median"
-        " over the layers, at most.\nWork: times less than the best peer's, at least."
+        + "\nSteps are over optax.adam's, at most; in brackets a 95 % interval of the median,"
+        " if the rounds are\nindependent. Standard error: flipout K = 1 over joint Rademacher"
+        " K = 10, median over the layers,\nat most."
+        " Work: times less than the best peer's, at least."
     )

@@ -1,6 +1,7 @@
 """Layers by module for the candidate rules, in the order of `lama_optax.layer_names`."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,16 @@ from lama_optax import layer_names
 PyTree = Any
 
 
-class Groups(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Groups:
     """Which layer every leaf of the parameters belongs to; static."""
 
     leaf_group: tuple[int, ...]
     sizes: tuple[int, ...]
     names: tuple[str, ...]
 
-    # The name hides tuple.count.
     @property
-    def count(self) -> int:  # type: ignore[override]
+    def count(self) -> int:
         """L, the number of layers."""
         return len(self.sizes)
 

@@ -4,6 +4,7 @@ Every sentence with a verdict is computed from the numbers by rules that stand i
 module; a part that was not run is said to be so.
 """
 
+import functools
 import os
 import re
 import sys
@@ -82,8 +83,7 @@ def main(results: Path, output: Path | None = None) -> Path:
             sections.append(write(study))
             bar.update()
         for name, draw in FIGURES.items():
-            # mypy infers no type for a default argument of a lambda.
-            if save(results / name, lambda draw=draw: draw(study)):  # type: ignore[misc]
+            if save(results / name, functools.partial(draw, study)):
                 drawn.append(name)
             bar.update()
     folder = Path(os.path.relpath(results, output.parent)).as_posix()

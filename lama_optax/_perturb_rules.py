@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lama_optax._numbers import wide_dtype
 from lama_optax._perturbed import DropSigns, Perturbed, Signs, Taps, Value, along, formed
 
 
@@ -25,11 +26,12 @@ def _product(
     multiply: Callable[[jax.Array, jax.Array], jax.Array],
     to_activation: dict[int, int],
     to_output: dict[int, int],
+    mean_square: Callable[[jax.Array], jax.Array] | None = None,
 ) -> list[jax.Array] | None:
     """``h W + t ((h * s_in) V) * s_out`` for any product that is linear in both.
 
     ``to_activation`` and ``to_output`` say which axis of the activation or of the output an
-    axis of the weight meets.
+    axis of the weight meets; ``mean_square(h)`` is the perturbation's.
     """
     if weight.scale.ndim:
         return None
@@ -49,7 +51,8 @@ def _product(
     for group in outer:
         axes = [to_output[axis] for axis in group.axes]
         perturbation *= along(group.values, axes, out.ndim).astype(out.dtype)
-    return [weight.move(out, perturbation)]
+    mean = None if mean_square is None else mean_square(activation)
+    return [weight.move(out, perturbation, mean)]
 
 
 def _one_row(
@@ -69,8 +72,9 @@ def _one_row(
     weight.uses.add(weight.leaf)
     out = multiply(activation, weight.value)
     h = jax.lax.stop_gradient(activation).astype(out.dtype)
-    perturbation = jnp.sqrt(jnp.sum(h * h)) * outer[0].values.astype(out.dtype)
-    return [weight.move(out, perturbation)]
+    square = jnp.sum(h * h)
+    perturbation = jnp.sqrt(square) * outer[0].values.astype(out.dtype)
+    return [weight.move(out, perturbation, square)]
 
 
 def _tapped(
@@ -114,12 +118,18 @@ def _dot_general(params: dict[str, Any], lhs: Value, rhs: Value) -> list[jax.Arr
         outs = _one_row(weight, activation, multiply, free[0])
         if outs is not None:
             return outs
+
+    def mean_square(h: jax.Array) -> jax.Array:
+        squares = jnp.sum(jnp.square(h.astype(wide_dtype(h))), axis=contract[1 - side])
+        return squares if side == 0 else jnp.expand_dims(squares, tuple(range(-len(free), 0)))
+
     return _product(
         weight,
         activation,
         multiply,
         dict(zip(w_met, h_met, strict=True)),
         {axis: before + i for i, axis in enumerate(free)},
+        None if batch[0] else mean_square,
     )
 
 
@@ -142,12 +152,18 @@ def _conv(params: dict[str, Any], lhs: Value, rhs: Value) -> list[jax.Array] | N
         rows = jnp.moveaxis(patches, feature, -1).reshape(-1, patches.shape[feature])
         out = jax.lax.conv_general_dilated_p.bind(lhs, rhs.value, **params)
         return _tapped(rhs, rows, out, [feature])
+    one_channel = [1 if axis == spec.rhs_spec[0] else n for axis, n in enumerate(rhs.value.shape)]
+
+    def multiply(h: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated_p.bind(h, w, **params)
+
     return _product(
         rhs,
         lhs,
-        lambda h, w: jax.lax.conv_general_dilated_p.bind(h, w, **params),
+        multiply,
         {spec.rhs_spec[1]: spec.lhs_spec[1]},
         {spec.rhs_spec[0]: spec.out_spec[1]},
+        lambda h: multiply(jnp.square(h), jnp.ones(one_channel, h.dtype)),
     )
 
 

@@ -4,6 +4,7 @@ The signs s of an example are the outer product of one sign vector for each of t
 that they can be followed through reshapes and moved to what the weight is multiplied with.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,12 +25,28 @@ class Signs(NamedTuple):
     values: jax.Array  # one dimension for each of `axes`
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["before", "after", "mean_square"],
+    meta_fields=["leaf"],
+)
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where a perturbation enters a value: ``after = before + t perturbation``."""
+
+    before: Any
+    after: Any
+    mean_square: Any  # of the perturbation's entries, over signs and probes; broadcasts to them
+    leaf: int  # the perturbations of two leaves are independent
+
+
 class Uses:
     """Counts the uses of the leaves that are taken to have one; fresh for each evaluation."""
 
     def __init__(self, single: frozenset[int], in_loop: bool = False):
         """``single``: numbers of the leaves that may be used once, here or in a loop's turn."""
         self.single, self.in_loop = single, in_loop
+        self.entries: list[Entry] = []  # those outside of loops
         self._seen: set[int] = set()
 
     def add(self, leaf: int, repeated: bool = False) -> None:
@@ -76,12 +93,17 @@ class Perturbed(NamedTuple):
     signs: tuple[Signs, ...]  # their axes are disjoint
     uses: Uses
 
-    def move(self, value: jax.Array, perturbation: jax.Array) -> jax.Array:
+    def move(
+        self, value: jax.Array, perturbation: jax.Array, mean_square: jax.Array | None
+    ) -> jax.Array:
         """``value + t perturbation``, where a value is moved by this weight's perturbation."""
         scale = self.scale.astype(value.dtype)
         if self.uses.in_loop:  # where `jax.grad` forgets that `shifted` has a rule of its own
             return value + scale * perturbation
-        return shifted(value, scale, perturbation)
+        moved = shifted(value, scale, perturbation)
+        if mean_square is not None and not scale.ndim:
+            self.uses.entries.append(Entry(value, moved, mean_square, self.leaf))
+        return moved
 
     @property
     def is_single(self) -> bool:
@@ -159,7 +181,7 @@ def formed(x: Value) -> jax.Array:
     perturbation = x.probe
     for group in x.signs:
         perturbation = perturbation * along(group.values, group.axes, x.value.ndim)
-    return x.move(x.value, perturbation)
+    return x.move(x.value, perturbation, jnp.ones((), x.value.dtype))
 
 
 def along(values: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:

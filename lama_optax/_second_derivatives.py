@@ -7,8 +7,13 @@ With x_j the values that a function L is evaluated through, x_j = f_j(x), along 
 and x_j'' may end at any cut through the evaluation: its share of L'' is (dL/dx_j) . x_j''. Here it
 ends before every product, so that a product that follows is evaluated for x' alone and not for x''
 too, as forward over forward does. The cotangents dL/dx_j are of one gradient for all directions.
+
+Directions may be random, with x' = e of mean 0 where they enter and E[e^2] known. An elementwise
+f of x alone, which is what a product uses, then gets x'' = f''(x) E[e^2] instead of f''(x) e^2: the
+same mean without its noise.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +23,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from lama_optax._jaxprs import CALLS, apply, interpret, names_in
+from lama_optax._perturbed import Entry
 
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 # fmt: off
@@ -27,10 +33,17 @@ _ELEMENTWISE = frozenset({
     "select_n", "sin", "sqrt", "square", "sub", "tanh",
 })
 # fmt: on
+_MOVES_DATA = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
 
 
-def second_derivatives(fn: Callable[..., jax.Array], zeros: Sequence[jax.Array]) -> list[jax.Array]:
-    """``d^2 fn / d t_i^2`` for each argument of a function of scalars t, which are ``zeros``."""
+def second_derivatives(
+    fn: Callable[..., tuple[jax.Array, list[Entry]]], zeros: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """``d^2 fn / d t_i^2`` for each argument of a function of scalars t, which are ``zeros``.
+
+    With its value ``fn`` returns where random directions enter; the means over them are then those
+    of the second derivatives.
+    """
     evaluation = _Evaluation(fn, zeros)
     one = jnp.ones_like(zeros[0])
     found: list[jax.Array] = []
@@ -49,24 +62,38 @@ class _Chain(NamedTuple):
     bend: jax.Array | None  # None: 0
 
 
+class _MeanSquare(NamedTuple):
+    """The mean square of a first derivative along a random direction of mean 0."""
+
+    value: jax.Array  # broadcasts to the derivative
+    leaves: frozenset[int]  # those whose perturbations it is made of
+
+
 Derivatives = dict[Any, jax.Array]  # of variables; those that are not there are 0
+MeanSquares = dict[Any, _MeanSquare]  # of variables; those that are not there are not known
 
 
 class _Evaluation:
     """One evaluation of a function: what all directions have in common."""
 
-    def __init__(self, fn: Callable[..., jax.Array], args: Sequence[jax.Array]):
+    def __init__(
+        self,
+        fn: Callable[..., tuple[jax.Array, list[Entry]]],
+        args: Sequence[jax.Array],
+    ):
         """``fn``: a function of scalars, whose values are ``args``."""
 
-        def inlined(*t: jax.Array) -> jax.Array:
-            return interpret(jax.make_jaxpr(fn)(*t), t, _inline)[0]
+        def inlined(*t: jax.Array) -> tuple[jax.Array, list[Entry]]:
+            closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*t)
+            return jax.tree.unflatten(jax.tree.structure(shapes), interpret(closed, t, _inline))
 
-        closed = jax.make_jaxpr(inlined)(*args)
+        closed, shapes = jax.make_jaxpr(inlined, return_shape=True)(*args)
         self._jaxpr = closed.jaxpr
+        result_var, entries = jax.tree.unflatten(jax.tree.structure(shapes), self._jaxpr.outvars)
         self._rules: dict[Any, _Rule] = {}
         moving = {v for v in _following(self._jaxpr, self._jaxpr.invars) if _is_real(v)}
-        ends = [v for eqn in self._jaxpr.eqns if _multiplies(eqn) for v in eqn.invars]
-        ends = [*dict.fromkeys(v for v in [*ends, *self._jaxpr.outvars] if _is_in(v, moving))]
+        factors = [v for eqn in self._jaxpr.eqns if _multiplies(eqn) for v in eqn.invars]
+        ends = [*dict.fromkeys(v for v in [*factors, result_var] if _is_in(v, moving))]
         place = {v: i for i, v in enumerate(ends)}
 
         def value(moves: dict[int, jax.Array]) -> tuple[jax.Array, Any]:
@@ -81,13 +108,20 @@ class _Evaluation:
                         outs[i] += moves.get(place[v], 0)
                 return outs
 
-            return interpret(closed, args, equation)[0], (inputs, at_ends)
+            result, *at_entries = interpret(closed, args, equation)
+            return result, (inputs, at_ends, at_entries)
 
         moves = jax.tree.map(jnp.zeros_like, value({})[1][1])
-        result, pull_back, (self._inputs, _) = jax.vjp(value, moves, has_aux=True)
+        result, pull_back, (self._inputs, _, at_entries) = jax.vjp(value, moves, has_aux=True)
         (cotangents,) = pull_back(jnp.ones_like(result))
         self._cotangents = {ends[i]: x.astype(args[0].dtype) for i, x in cotangents.items()}
         self._chains = self._find_chains(moving)
+        found = jax.tree.unflatten(jax.tree.structure(shapes[1]), at_entries)
+        self._entries = {
+            entry.after: (entry.before, _MeanSquare(at.mean_square, frozenset({entry.leaf})))
+            for entry, at in zip(entries, found, strict=True)
+        }
+        self._near = self._find_near(moving, {v for v in ends if v in factors})
 
     def _find_chains(self, moving: set[Any]) -> dict[Any, _Chain]:
         chains: dict[Any, _Chain] = {}
@@ -110,17 +144,36 @@ class _Evaluation:
                 chains |= {v: _Chain(root, slope, second.get(v)) for v, slope in first.items()}
         return chains
 
+    def _find_near(self, moving: set[Any], factors: set[Any]) -> set[Any]:
+        """What enters products and nothing else, its entries each for itself.
+
+        Elsewhere squares may cancel with other terms: softmax has sum p x'^2 - (sum p x')^2, of
+        which the mean of the first alone would be the noisier.
+        """
+        near, far = set(factors), set[Any]()
+        for eqn in reversed(self._jaxpr.eqns):
+            outs = [v for v in eqn.outvars if v in moving]
+            is_near = eqn.primitive.name in _ELEMENTWISE | _MOVES_DATA and near.issuperset(outs)
+            for i in _places(eqn, moving - self._cotangents.keys()) if outs else ():
+                if is_near and eqn.invars[i] not in far:
+                    near.add(eqn.invars[i])
+                else:
+                    near.discard(eqn.invars[i])
+                    far.add(eqn.invars[i])
+        return near
+
     def second_derivative(self, i: int, one: jax.Array) -> jax.Array:
         """Along argument ``i``; ``one`` is 1."""
         first: Derivatives = {self._jaxpr.invars[i]: one}
         second: Derivatives = {}
+        squares: MeanSquares = {}
         ended = []
         for number, (eqn, ins) in enumerate(zip(self._jaxpr.eqns, self._inputs, strict=True)):
             moved, bent = _places(eqn, first), _places(eqn, second)
             if not (moved and eqn.outvars):
                 continue
             if eqn.outvars[0] in self._chains:
-                new_first, new_second = self._along_chain(eqn.outvars[0], first, second)
+                new_first, new_second = self._along_chain(eqn.outvars[0], first, second, squares)
             else:
                 case = number, moved, bent
                 if case not in self._rules:
@@ -129,6 +182,7 @@ class _Evaluation:
                 for v in new_second.keys() & self._cotangents.keys():
                     new_second[v] = self._weighted(v, new_second[v])
             first |= new_first
+            squares |= self._mean_squares(eqn, moved, first, squares)
             for v, x in new_second.items():
                 if v in self._cotangents:
                     ended.append(jnp.sum(x))
@@ -136,8 +190,35 @@ class _Evaluation:
                     second[v] = x
         return sum(ended, jnp.zeros_like(one))
 
+    def _mean_squares(
+        self, eqn: Any, moved: tuple[int, ...], first: Derivatives, squares: MeanSquares
+    ) -> MeanSquares:
+        """Of what an equation gives, if it is known; in chains the root's is enough."""
+        v, name = eqn.outvars[0], eqn.primitive.name
+        if v in self._entries:
+            before, entered = self._entries[v]
+            return {} if _is_in(before, first) else {v: entered}
+        parts = [self._mean_square(eqn.invars[i], squares) for i in moved]
+        known = [part for part in parts if part is not None]
+        if v not in first or len(known) < len(parts):
+            return {}
+        leaves = frozenset[int]().union(*(part.leaves for part in known))
+        if name in _MOVES_DATA:
+            whole = jnp.broadcast_to(known[0].value, eqn.invars[0].aval.shape)
+            return {v: _MeanSquare(apply(self._jaxpr, eqn, [whole])[0], leaves)}
+        if name in ("add", "sub") and len(leaves) == sum(len(part.leaves) for part in known):
+            return {v: _MeanSquare(functools.reduce(jnp.add, [p.value for p in known]), leaves)}
+        return {}
+
+    def _mean_square(self, v: Any, squares: MeanSquares) -> _MeanSquare | None:
+        if v in squares or v not in self._chains:
+            return squares.get(v)
+        root, slope, _ = self._chains[v]
+        found = squares.get(root)
+        return found and found._replace(value=jnp.square(slope) * found.value)
+
     def _along_chain(
-        self, v: Any, first: Derivatives, second: Derivatives
+        self, v: Any, first: Derivatives, second: Derivatives, squares: MeanSquares
     ) -> tuple[Derivatives, Derivatives]:
         """The derivatives of ``v``, the second one times its cotangent if it ends there."""
         root, slope, bend = self._chains[v]
@@ -147,7 +228,12 @@ class _Evaluation:
             # First what all directions have in common: XLA multiplies it once.
             slope = self._weighted(v, slope)
             bend = None if bend is None else self._weighted(v, bend)
-        terms = [] if bend is None else [bend * jnp.square(along_root.astype(bend.dtype))]
+        terms = []
+        if bend is not None:
+            is_known = root in squares and root in self._near
+            x = squares[root].value if is_known else along_root
+            x = x.astype(bend.dtype)
+            terms.append(bend * (x if is_known else jnp.square(x)))
         if root in second:
             terms.append(slope * second[root].astype(slope.dtype))
         return new_first, {v: sum(terms[1:], terms[0])} if terms else {}

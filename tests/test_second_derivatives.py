@@ -1,4 +1,4 @@
-"""Second derivatives by one pass forwards, against `jax.hessian` in float64.
+"""Second derivatives by one pass forwards, against JAX's own in float64.
 
 Each function of three scalars moves arrays along directions of its own. The limit, 1e-12 of the
 largest entry, is some thousand roundings of float64; a term that is left out or counted twice is of
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lama_optax._jaxprs import names_in
+from lama_optax._perturbed import Entry, shifted
 from lama_optax._second_derivatives import _ELEMENTWISE, second_derivatives
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -110,7 +111,7 @@ def test_they_are_those_of_the_hessian(fn, mapped):
     zeros = [jnp.zeros(())] * 3
 
     def found(at):
-        return jnp.stack(second_derivatives(lambda *t: fn(*(s + at for s in t)), zeros))
+        return jnp.stack(second_derivatives(lambda *t: (fn(*(s + at for s in t)), []), zeros))
 
     def expected(at):
         return jnp.diag(jax.hessian(lambda t: fn(*(t + at)))(jnp.zeros(3)))
@@ -148,9 +149,73 @@ def test_one_directions_infinity_is_not_anothers():
     zeros = [jnp.zeros(())] * 3
 
     def fn(a, b, c):
-        return jnp.sum(jnp.sqrt(a * X**2)) + jnp.sum(jnp.tanh(b * Y) @ A) + jnp.sum((c * X) ** 2)
+        total = jnp.sum(jnp.sqrt(a * X**2)) + jnp.sum(jnp.tanh(b * Y) @ A) + jnp.sum((c * X) ** 2)
+        return total, []
 
     first, second, third = jax.jit(lambda: jnp.stack(second_derivatives(fn, zeros)))()
     assert not np.isfinite(first)
     assert second == 0
     np.testing.assert_allclose(third, 2 * np.sum(X**2), rtol=1e-12)
+
+
+# Random directions
+
+
+def _entered(t, value, direction, leaf, square):
+    after = shifted(value, t, direction)
+    return after, Entry(value, after, jnp.asarray(square), leaf)
+
+
+def _product_of(fn):
+    """A function of two moved arrays, whose result a product uses; where they enter."""
+
+    def of_t(t, u):
+        x, of_x = _entered(t, X, A, 0, 7.0)
+        y, of_y = _entered(t, Y, B, 1, 5.0)
+        z, of_z = _entered(u, A, C, 2, 3.0)
+        return jnp.sum(fn(x, y, z) @ C), [of_x, of_y, of_z]
+
+    return of_t
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x, y, z: jnp.tanh(x),
+        lambda x, y, z: jnp.tanh(x - y),
+        lambda x, y, z: jnp.tanh(0.5 * x + X * y),
+        lambda x, y, z: jax.nn.silu(x) * jnp.exp(z),
+        lambda x, y, z: jnp.tanh(x.T.reshape(16) + X.reshape(16)).reshape(2, 2, 4),
+        lambda x, y, z: jnp.sum(z) * jnp.tanh(x) + jnp.mean(y),
+    ],
+    ids=["one", "difference", "scaled", "gated", "laid out anew", "among others"],
+)
+def test_a_mean_square_replaces_the_square_on_the_way_to_a_product(fn):
+    """Entries of mean 0 and independent: the mean is the trace, times the mean square."""
+
+    def value(x, y):
+        return jnp.sum(fn(x, y, jnp.asarray(A)) @ C)
+
+    found, _ = jax.jit(lambda: second_derivatives(_product_of(fn), [jnp.zeros(())] * 2))()
+    of_x, of_y = (jax.hessian(value, i)(jnp.asarray(X), jnp.asarray(Y)) for i in (0, 1))
+    expected = 7 * jnp.einsum("ijij", of_x) + 5 * jnp.einsum("ijij", of_y)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x, y, z: jax.nn.softmax(x),
+        lambda x, y, z: (lambda h: h * Y + jnp.sum(h))(jnp.exp(x)),
+        lambda x, y, z: jnp.tanh(x + x.T),
+        lambda x, y, z: jnp.tanh(x * y),
+        lambda x, y, z: jnp.tanh(x @ y),
+    ],
+    ids=["softmax", "summed too", "one leaf twice", "a product of two", "a matrix product"],
+)
+def test_the_square_stays_where_its_mean_may_add_noise_or_is_not_known(fn):
+    def value(t):
+        return jnp.sum(fn(X + t * A, Y + t * B, jnp.asarray(A)) @ C)
+
+    found, _ = jax.jit(lambda: second_derivatives(_product_of(fn), [jnp.zeros(())] * 2))()
+    np.testing.assert_allclose(found, jax.grad(jax.grad(value))(0.0), rtol=1e-12)

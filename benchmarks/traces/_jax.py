@@ -39,6 +39,7 @@ OURS: dict[str, Estimator] = {
     "flipout joint": flipout(1, scope="joint"),
     "flipout joint, K=10": flipout(10, scope="joint"),
     "flipout block": flipout(1, scope="block"),
+    "flipout block, K=10": flipout(10, scope="block"),
     EXACT: gauss_newton(),
 }
 #: Labels of all our own rows.
@@ -191,6 +192,8 @@ def _traceax_blocks(method: str) -> Maker:
                 count = min(products, 2 * (flat.size // 4))
                 trace, _ = estimator(jax.random.fold_in(key, number), operator, max(1, count))
                 traces.append(trace)
+                # Always the same, but XLA does not know: else it holds all layers' products at once.
+                key = jax.random.fold_in(key, jnp.isinf(trace))
             return jnp.stack(traces)
 
         return _compile(model, estimate)

@@ -13,7 +13,13 @@ from benchmarks.workbench._steps import ADAM, default_flipout
 from benchmarks.workbench._training import text_warning
 
 #: Ours that are held against each peer.
-SHOWN = ("hutchinson block", "flipout joint", "flipout joint, K=10", "flipout block")
+SHOWN = (
+    "hutchinson block",
+    "flipout joint",
+    "flipout joint, K=10",
+    "flipout block",
+    "flipout block, K=10",
+)
 #: More layers than this are shown as their median and extremes.
 MAX_COLUMNS = 4
 

@@ -24,6 +24,7 @@ from lama_optax._numbers import check_count, check_word
 from lama_optax._perturb import evaluate
 from lama_optax._perturbed import (
     DropSigns,
+    Entry,
     Perturbed,
     Signs,
     UsedAgain,
@@ -81,13 +82,13 @@ class _Flipout:
 
         def joint(probe: PyTree, own: jax.Array, example: PyTree) -> jax.Array:
             def along(t: jax.Array) -> jax.Array:
-                return loss(t, probe, own, example)
+                return loss(t, probe, own, example)[0]
 
             t = loss.zeros()
             return jax.jvp(jax.grad(along), (t,), (t + scale,))[1] / scale
 
         def block(probe: PyTree, own: jax.Array, example: PyTree) -> jax.Array:
-            def along(*t: jax.Array) -> jax.Array:
+            def along(*t: jax.Array) -> tuple[jax.Array, list[Entry]]:
                 return loss(t, probe, own, example)
 
             return jnp.stack(second_derivatives(along, list(loss.zeros())))
@@ -221,8 +222,8 @@ class _ExampleLoss:
         probe: PyTree,
         own: jax.Array,
         example: PyTree,
-    ) -> jax.Array:
-        """The loss where layer l's weights are moved by ``t[l]``.
+    ) -> tuple[jax.Array, list[Entry]]:
+        """The loss where layer l's weights are moved by ``t[l]``, and where these moves enter.
 
         ``own``, of shape (num_signs,), are the example's signs.
         """
@@ -243,7 +244,8 @@ class _ExampleLoss:
                 for axes, start, stop in ranges
             )
             weights.append(Perturbed(i, leaf, v, scale, groups, uses))
-        return evaluate(self._jaxpr, [*weights, *jax.tree.leaves(example)])[0]
+        (value,) = evaluate(self._jaxpr, [*weights, *jax.tree.leaves(example)])
+        return value, uses.entries
 
 
 def _standard_error(samples: jax.Array, independent: list[bool]) -> jax.Array:

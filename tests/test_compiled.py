@@ -132,7 +132,7 @@ def deep_temporaries(fn):
 
 
 def test_many_probes_hold_no_forward_pass_beside_their_own():
-    """XLA would evaluate before the loop what its turns share: 2.2 times the memory."""
+    """XLA would evaluate before the loop what its turns share, and hold it beside them."""
 
     def temporaries(num_probes):
         estimator = hutchinson(num_probes)
@@ -144,7 +144,7 @@ def test_many_probes_hold_no_forward_pass_beside_their_own():
 
 
 def test_flipouts_block_estimate_holds_one_layers_tangents_at_a_time():
-    """Twice the gradient's memory; 3.5 times, and more with the depth, were they not in turn."""
+    """Twice the gradient's memory; were they not in turn, it would grow with the depth."""
     estimate = deep_temporaries(
         lambda p: layer_curvature(
             *(p, 0),

@@ -192,7 +192,7 @@ def _traceax_blocks(method: str) -> Maker:
                 count = min(products, 2 * (flat.size // 4))
                 trace, _ = estimator(jax.random.fold_in(key, number), operator, max(1, count))
                 traces.append(trace)
-                # Always the same, but XLA does not know: else it holds all layers' products at once.
+                # XLA cannot know that this is always the same: else it holds all products at once.
                 key = jax.random.fold_in(key, jnp.isinf(trace))
             return jnp.stack(traces)
 

@@ -213,8 +213,7 @@ def test_products_in_unknown_loops_are_not_passed_over():
         @nn.compact
         def __call__(self, x):
             w = self.param("w", nn.initializers.ones, (4, 4))
-            body = lambda h, _: (h @ w, None)  # noqa: E731
-            return jax.lax.scan(body, x.reshape(-1, 4), None, length=2)[0]
+            return jax.lax.scan(lambda h, _: (h @ w, None), x.reshape(-1, 4), None, length=2)[0]
 
     with pytest.raises(NotImplementedError, match="scan"):
         _counts(Loop(), np.zeros((5, 2, 2, 1), np.float32), np.zeros(5, np.int32))

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lama_optax._moments import Moments, segments
 from lama_optax._numbers import wide_dtype
 from lama_optax._perturbed import DropSigns, Perturbed, Signs, Taps, Value, along, formed
 
@@ -26,12 +27,12 @@ def _product(
     multiply: Callable[[jax.Array, jax.Array], jax.Array],
     to_activation: dict[int, int],
     to_output: dict[int, int],
-    mean_square: Callable[[jax.Array], jax.Array] | None = None,
+    moments: Callable[[], Moments] | None = None,
 ) -> list[jax.Array] | None:
     """``h W + t ((h * s_in) V) * s_out`` for any product that is linear in both.
 
     ``to_activation`` and ``to_output`` say which axis of the activation or of the output an
-    axis of the weight meets; ``mean_square(h)`` is the perturbation's.
+    axis of the weight meets; ``moments()`` are the perturbation's.
     """
     if weight.scale.ndim:
         return None
@@ -51,8 +52,7 @@ def _product(
     for group in outer:
         axes = [to_output[axis] for axis in group.axes]
         perturbation *= along(group.values, axes, out.ndim).astype(out.dtype)
-    mean = None if mean_square is None else mean_square(activation)
-    return [weight.move(out, perturbation, mean)]
+    return [weight.move(out, perturbation, moments and moments())]
 
 
 def _one_row(
@@ -74,7 +74,8 @@ def _one_row(
     h = jax.lax.stop_gradient(activation).astype(out.dtype)
     square = jnp.sum(h * h)
     perturbation = jnp.sqrt(square) * outer[0].values.astype(out.dtype)
-    return [weight.move(out, perturbation, square)]
+    moments = Moments(square, frozenset({weight.leaf}), frozenset({0}))
+    return [weight.move(out, perturbation, moments)]
 
 
 def _tapped(
@@ -119,9 +120,18 @@ def _dot_general(params: dict[str, Any], lhs: Value, rhs: Value) -> list[jax.Arr
         if outs is not None:
             return outs
 
-    def mean_square(h: jax.Array) -> jax.Array:
-        squares = jnp.sum(jnp.square(h.astype(wide_dtype(h))), axis=contract[1 - side])
-        return squares if side == 0 else jnp.expand_dims(squares, tuple(range(-len(free), 0)))
+    def moments() -> Moments:
+        wide = activation.astype(wide_dtype(activation))
+        squares = jnp.sum(jnp.square(wide), axis=h_met)
+        if side == 1:
+            squares = jnp.expand_dims(squares, tuple(range(-len(free), 0)))
+        own = frozenset(range(before, before + len(free)))
+        kept = [axis for axis in range(activation.ndim) if axis not in h_met]
+        if len(kept) != 1:
+            return Moments(squares, frozenset({weight.leaf}), own)
+        rows = jnp.moveaxis(wide, kept[0], 0).reshape(wide.shape[kept[0]], -1)
+        axis = len(free) if side == 0 else 0
+        return Moments(squares, frozenset({weight.leaf}), own, axis, rows)
 
     return _product(
         weight,
@@ -129,7 +139,7 @@ def _dot_general(params: dict[str, Any], lhs: Value, rhs: Value) -> list[jax.Arr
         multiply,
         dict(zip(w_met, h_met, strict=True)),
         {axis: before + i for i, axis in enumerate(free)},
-        None if batch[0] else mean_square,
+        None if batch[0] else moments,
     )
 
 
@@ -157,13 +167,17 @@ def _conv(params: dict[str, Any], lhs: Value, rhs: Value) -> list[jax.Array] | N
     def multiply(h: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated_p.bind(h, w, **params)
 
+    def moments() -> Moments:
+        squares = multiply(jnp.square(lhs), jnp.ones(one_channel, lhs.dtype))
+        return Moments(squares, frozenset({rhs.leaf}), frozenset({spec.out_spec[1]}))
+
     return _product(
         rhs,
         lhs,
         multiply,
         {spec.rhs_spec[1]: spec.lhs_spec[1]},
         {spec.rhs_spec[0]: spec.out_spec[1]},
-        lambda h: multiply(jnp.square(h), jnp.ones(one_channel, h.dtype)),
+        moments,
     )
 
 
@@ -229,7 +243,7 @@ def _reshape(params: dict[str, Any], weight: Perturbed) -> list[Value] | None:
         return None
     old, new = weight.value.shape, tuple(params["new_sizes"])
     signs = []
-    for old_axes, new_axes in _segments(old, new):
+    for old_axes, new_axes in segments(old, new):
         groups = [group for group in weight.signs if set(group.axes) & set(old_axes)]
         if not groups:
             continue
@@ -243,27 +257,6 @@ def _reshape(params: dict[str, Any], weight: Perturbed) -> list[Value] | None:
         shape = [new[axis] for axis in new_axes]
         signs.append(Signs(origins, tuple(new_axes), values.reshape(shape)))
     return _restructured(weight, lambda x: x.reshape(new), signs)
-
-
-def _segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Splits two shapes of equal size into the shortest runs of axes of equal size."""
-    segments = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        old_axes: list[int] = []
-        new_axes: list[int] = []
-        m = n = 1
-        while True:
-            if i < len(old) and (m < n or not old_axes):
-                m, i = m * old[i], i + 1
-                old_axes.append(i - 1)
-            elif j < len(new) and (n < m or not new_axes):
-                n, j = n * new[j], j + 1
-                new_axes.append(j - 1)
-            if m == n and (old_axes or i == len(old)) and (new_axes or j == len(new)):
-                break
-        segments.append((old_axes, new_axes))
-    return segments
 
 
 def _squeeze(params: dict[str, Any], weight: Perturbed) -> list[Value] | None:

@@ -4,7 +4,6 @@ The signs s of an example are the outer product of one sign vector for each of t
 that they can be followed through reshapes and moved to what the weight is multiplied with.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+
+from lama_optax._moments import Moments
 
 # Up to this size a weight is perturbed for each example itself where no rule applies.
 _SMALL = 4096
@@ -25,19 +26,12 @@ class Signs(NamedTuple):
     values: jax.Array  # one dimension for each of `axes`
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["before", "after", "mean_square"],
-    meta_fields=["leaf"],
-)
-@dataclasses.dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where a perturbation enters a value: ``after = before + t perturbation``."""
 
     before: Any
     after: Any
-    mean_square: Any  # of the perturbation's entries, over signs and probes; broadcasts to them
-    leaf: int  # the perturbations of two leaves are independent
+    moments: Any  # `Moments` of the perturbation, over signs and probes
 
 
 class Uses:
@@ -93,16 +87,14 @@ class Perturbed(NamedTuple):
     signs: tuple[Signs, ...]  # their axes are disjoint
     uses: Uses
 
-    def move(
-        self, value: jax.Array, perturbation: jax.Array, mean_square: jax.Array | None
-    ) -> jax.Array:
+    def move(self, value: jax.Array, perturbation: jax.Array, moments: Moments | None) -> jax.Array:
         """``value + t perturbation``, where a value is moved by this weight's perturbation."""
         scale = self.scale.astype(value.dtype)
         if self.uses.in_loop:  # where `jax.grad` forgets that `shifted` has a rule of its own
             return value + scale * perturbation
         moved = shifted(value, scale, perturbation)
-        if mean_square is not None and not scale.ndim:
-            self.uses.entries.append(Entry(value, moved, mean_square, self.leaf))
+        if moments is not None and not scale.ndim:
+            self.uses.entries.append(Entry(value, moved, moments))
         return moved
 
     @property
@@ -181,7 +173,9 @@ def formed(x: Value) -> jax.Array:
     perturbation = x.probe
     for group in x.signs:
         perturbation = perturbation * along(group.values, group.axes, x.value.ndim)
-    return x.move(x.value, perturbation, jnp.ones((), x.value.dtype))
+    own = frozenset(range(x.value.ndim))
+    moments = Moments(jnp.ones((), x.value.dtype), frozenset({x.leaf}), own)
+    return x.move(x.value, perturbation, moments)
 
 
 def along(values: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:

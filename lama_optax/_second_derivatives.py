@@ -10,10 +10,9 @@ too, as forward over forward does. The cotangents dL/dx_j are of one gradient fo
 
 Directions may be random, with x' = e of mean 0 where they enter and E[e^2] known. An elementwise
 f of x alone, which is what a product uses, then gets x'' = f''(x) E[e^2] instead of f''(x) e^2: the
-same mean without its noise.
+same mean without its noise. So does softmax(x y^T) where one factor moves (`_softmax`).
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +22,9 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from lama_optax._jaxprs import CALLS, apply, interpret, names_in
+from lama_optax._moments import MOVES_DATA, Moments, of_sum
 from lama_optax._perturbed import Entry
+from lama_optax._softmax import Found, Softmax, find_softmaxes, softmax_at
 
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 # fmt: off
@@ -33,7 +34,6 @@ _ELEMENTWISE = frozenset({
     "select_n", "sin", "sqrt", "square", "sub", "tanh",
 })
 # fmt: on
-_MOVES_DATA = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
 
 
 def second_derivatives(
@@ -62,15 +62,8 @@ class _Chain(NamedTuple):
     bend: jax.Array | None  # None: 0
 
 
-class _MeanSquare(NamedTuple):
-    """The mean square of a first derivative along a random direction of mean 0."""
-
-    value: jax.Array  # broadcasts to the derivative
-    leaves: frozenset[int]  # those whose perturbations it is made of
-
-
 Derivatives = dict[Any, jax.Array]  # of variables; those that are not there are 0
-MeanSquares = dict[Any, _MeanSquare]  # of variables; those that are not there are not known
+Known = dict[Any, Moments]  # of variables' first derivatives; those that are not there are not
 
 
 class _Evaluation:
@@ -93,7 +86,9 @@ class _Evaluation:
         self._rules: dict[Any, _Rule] = {}
         moving = {v for v in _following(self._jaxpr, self._jaxpr.invars) if _is_real(v)}
         factors = [v for eqn in self._jaxpr.eqns if _multiplies(eqn) for v in eqn.invars]
-        ends = [*dict.fromkeys(v for v in [*factors, result_var] if _is_in(v, moving))]
+        softmaxes = find_softmaxes(self._jaxpr)
+        ends = [*factors, *(softmax.weights for softmax in softmaxes), result_var]
+        ends = [*dict.fromkeys(v for v in ends if _is_in(v, moving))]
         place = {v: i for i, v in enumerate(ends)}
 
         def value(moves: dict[int, jax.Array]) -> tuple[jax.Array, Any]:
@@ -118,9 +113,10 @@ class _Evaluation:
         self._chains = self._find_chains(moving)
         found = jax.tree.unflatten(jax.tree.structure(shapes[1]), at_entries)
         self._entries = {
-            entry.after: (entry.before, _MeanSquare(at.mean_square, frozenset({entry.leaf})))
+            entry.after: (entry.before, at.moments)
             for entry, at in zip(entries, found, strict=True)
         }
+        self._softmaxes = self._find_softmaxes(softmaxes)
         self._near = self._find_near(moving, {v for v in ends if v in factors})
 
     def _find_chains(self, moving: set[Any]) -> dict[Any, _Chain]:
@@ -144,6 +140,25 @@ class _Evaluation:
                 chains |= {v: _Chain(root, slope, second.get(v)) for v, slope in first.items()}
         return chains
 
+    def _find_softmaxes(self, found: Sequence[Found]) -> dict[Any, Softmax]:
+        made = {
+            v: (eqn, ins)
+            for eqn, ins in zip(self._jaxpr.eqns, self._inputs, strict=True)
+            for v in eqn.outvars
+        }
+
+        def linear(v: Any) -> tuple[Any, jax.Array] | None:
+            chain = self._chains.get(v, _Chain(v, jnp.ones((), v.aval.dtype), None))
+            return (chain.root, chain.slope) if chain.bend is None else None
+
+        return {
+            softmax.weights: softmax_at(
+                softmax, self._cotangents[softmax.weights], self._jaxpr, made, linear
+            )
+            for softmax in found
+            if softmax.weights in self._cotangents
+        }
+
     def _find_near(self, moving: set[Any], factors: set[Any]) -> set[Any]:
         """What enters products and nothing else, its entries each for itself.
 
@@ -153,7 +168,7 @@ class _Evaluation:
         near, far = set(factors), set[Any]()
         for eqn in reversed(self._jaxpr.eqns):
             outs = [v for v in eqn.outvars if v in moving]
-            is_near = eqn.primitive.name in _ELEMENTWISE | _MOVES_DATA and near.issuperset(outs)
+            is_near = eqn.primitive.name in _ELEMENTWISE | MOVES_DATA and near.issuperset(outs)
             for i in _places(eqn, moving - self._cotangents.keys()) if outs else ():
                 if is_near and eqn.invars[i] not in far:
                     near.add(eqn.invars[i])
@@ -166,59 +181,60 @@ class _Evaluation:
         """Along argument ``i``; ``one`` is 1."""
         first: Derivatives = {self._jaxpr.invars[i]: one}
         second: Derivatives = {}
-        squares: MeanSquares = {}
+        known: Known = {}
         ended = []
         for number, (eqn, ins) in enumerate(zip(self._jaxpr.eqns, self._inputs, strict=True)):
             moved, bent = _places(eqn, first), _places(eqn, second)
             if not (moved and eqn.outvars):
                 continue
-            if eqn.outvars[0] in self._chains:
-                new_first, new_second = self._along_chain(eqn.outvars[0], first, second, squares)
+            v = eqn.outvars[0]
+            if v in self._chains:
+                new_first, new_second = self._along_chain(v, first, second, known)
+            elif v in self._softmaxes and self._softmaxes[v].scores in first:
+                new_first, new_second = self._along_softmax(v, first, second, known)
             else:
                 case = number, moved, bent
                 if case not in self._rules:
                     self._rules[case] = _Rule(self._jaxpr, eqn, ins, first, second)
                 new_first, new_second = self._rules[case](ins, first, second)
-                for v in new_second.keys() & self._cotangents.keys():
-                    new_second[v] = self._weighted(v, new_second[v])
+                for out in new_second.keys() & self._cotangents.keys():
+                    new_second[out] = self._weighted(out, new_second[out])
             first |= new_first
-            squares |= self._mean_squares(eqn, moved, first, squares)
-            for v, x in new_second.items():
-                if v in self._cotangents:
+            known |= self._moments_of(eqn, moved, first, known)
+            for out, x in new_second.items():
+                if out in self._cotangents:
                     ended.append(jnp.sum(x))
                 else:
-                    second[v] = x
+                    second[out] = x
         return sum(ended, jnp.zeros_like(one))
 
-    def _mean_squares(
-        self, eqn: Any, moved: tuple[int, ...], first: Derivatives, squares: MeanSquares
-    ) -> MeanSquares:
-        """Of what an equation gives, if it is known; in chains the root's is enough."""
+    def _moments_of(
+        self, eqn: Any, moved: tuple[int, ...], first: Derivatives, known: Known
+    ) -> Known:
+        """Of what an equation gives; in chains the root's are enough."""
         v, name = eqn.outvars[0], eqn.primitive.name
         if v in self._entries:
             before, entered = self._entries[v]
             return {} if _is_in(before, first) else {v: entered}
-        parts = [self._mean_square(eqn.invars[i], squares) for i in moved]
-        known = [part for part in parts if part is not None]
-        if v not in first or len(known) < len(parts):
+        if v not in first or name not in MOVES_DATA | {"add", "sub"}:
             return {}
-        leaves = frozenset[int]().union(*(part.leaves for part in known))
-        if name in _MOVES_DATA:
-            whole = jnp.broadcast_to(known[0].value, eqn.invars[0].aval.shape)
-            return {v: _MeanSquare(apply(self._jaxpr, eqn, [whole])[0], leaves)}
-        if name in ("add", "sub") and len(leaves) == sum(len(part.leaves) for part in known):
-            return {v: _MeanSquare(functools.reduce(jnp.add, [p.value for p in known]), leaves)}
-        return {}
+        parts = [(eqn.invars[i], self._moments(eqn.invars[i], known)) for i in moved]
+        if name in MOVES_DATA:
+            moments = parts[0][1] and parts[0][1].laid_out(eqn)
+        else:
+            copies = [m.copied(x.aval.shape, v.aval.shape) for x, m in parts if m is not None]
+            moments = of_sum(copies) if len(copies) == len(parts) else None
+        return {} if moments is None else {v: moments}
 
-    def _mean_square(self, v: Any, squares: MeanSquares) -> _MeanSquare | None:
-        if v in squares or v not in self._chains:
-            return squares.get(v)
+    def _moments(self, v: Any, known: Known) -> Moments | None:
+        if v in known or v not in self._chains:
+            return known.get(v)
         root, slope, _ = self._chains[v]
-        found = squares.get(root)
-        return found and found._replace(value=jnp.square(slope) * found.value)
+        found = known.get(root)
+        return found and found.scaled(slope)
 
     def _along_chain(
-        self, v: Any, first: Derivatives, second: Derivatives, squares: MeanSquares
+        self, v: Any, first: Derivatives, second: Derivatives, known: Known
     ) -> tuple[Derivatives, Derivatives]:
         """The derivatives of ``v``, the second one times its cotangent if it ends there."""
         root, slope, bend = self._chains[v]
@@ -230,13 +246,30 @@ class _Evaluation:
             bend = None if bend is None else self._weighted(v, bend)
         terms = []
         if bend is not None:
-            is_known = root in squares and root in self._near
-            x = squares[root].value if is_known else along_root
+            is_known = root in known and root in self._near
+            x = known[root].square if is_known else along_root
             x = x.astype(bend.dtype)
             terms.append(bend * (x if is_known else jnp.square(x)))
         if root in second:
             terms.append(slope * second[root].astype(slope.dtype))
         return new_first, {v: sum(terms[1:], terms[0])} if terms else {}
+
+    def _along_softmax(
+        self, v: Any, first: Derivatives, second: Derivatives, known: Known
+    ) -> tuple[Derivatives, Derivatives]:
+        """Like `_along_chain`."""
+        softmax = self._softmaxes[v]
+        z1, z2 = first[softmax.scores], second.get(softmax.scores)
+        share = None
+        if softmax.product is not None and z2 is None:
+            eqn = softmax.product.eqn
+            places = _places(eqn, first)
+            moments = self._moments(eqn.invars[places[0]], known)
+            if len(places) == 1 and moments is not None:
+                share = softmax.product.mean(places[0], moments)
+        if share is None:
+            share = softmax.second(z1, z2)
+        return {v: softmax.first(z1)}, {v: share.astype(self._cotangents[v].dtype)}
 
     def _weighted(self, v: Any, x: jax.Array) -> jax.Array:
         cotangent = self._cotangents[v]

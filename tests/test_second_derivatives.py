@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lama_optax._jaxprs import names_in
+from lama_optax._moments import Moments
 from lama_optax._perturbed import Entry, shifted
 from lama_optax._second_derivatives import _ELEMENTWISE, second_derivatives
 
@@ -163,7 +164,8 @@ def test_one_directions_infinity_is_not_anothers():
 
 def _entered(t, value, direction, leaf, square):
     after = shifted(value, t, direction)
-    return after, Entry(value, after, jnp.asarray(square), leaf)
+    moments = Moments(jnp.asarray(square), frozenset({leaf}), frozenset({0, 1}))
+    return after, Entry(value, after, moments)
 
 
 def _product_of(fn):

@@ -71,9 +71,9 @@ def _one_row(
         return None
     weight.uses.add(weight.leaf)
     out = multiply(activation, weight.value)
-    h = jax.lax.stop_gradient(activation).astype(out.dtype)
-    square = jnp.sum(h * h)
-    perturbation = jnp.sqrt(square) * outer[0].values.astype(out.dtype)
+    h = jax.lax.stop_gradient(activation)
+    square = jnp.sum(jnp.square(h.astype(wide_dtype(h))))
+    perturbation = (jnp.sqrt(square) * outer[0].values).astype(out.dtype)
     moments = Moments(square, frozenset({weight.leaf}), frozenset({0}))
     return [weight.move(out, perturbation, moments)]
 
@@ -168,7 +168,10 @@ def _conv(params: dict[str, Any], lhs: Value, rhs: Value) -> list[jax.Array] | N
         return jax.lax.conv_general_dilated_p.bind(h, w, **params)
 
     def moments() -> Moments:
-        squares = multiply(jnp.square(lhs), jnp.ones(one_channel, lhs.dtype))
+        wide = lhs.astype(wide_dtype(lhs))
+        ones = jnp.ones(one_channel, wide.dtype)
+        own_dtype = params | {"preferred_element_type": None}
+        squares = jax.lax.conv_general_dilated_p.bind(jnp.square(wide), ones, **own_dtype)
         return Moments(squares, frozenset({rhs.leaf}), frozenset({spec.out_spec[1]}))
 
     return _product(

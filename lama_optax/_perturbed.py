@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from lama_optax._moments import Moments
+from lama_optax._numbers import wide_dtype
 
 # Up to this size a weight is perturbed for each example itself where no rule applies.
 _SMALL = 4096
@@ -172,9 +173,10 @@ def formed(x: Value) -> jax.Array:
         raise DropSigns(x, x.signs)
     perturbation = x.probe
     for group in x.signs:
-        perturbation = perturbation * along(group.values, group.axes, x.value.ndim)
+        values = along(group.values, group.axes, x.value.ndim)
+        perturbation = perturbation * values.astype(perturbation.dtype)
     own = frozenset(range(x.value.ndim))
-    moments = Moments(jnp.ones((), x.value.dtype), frozenset({x.leaf}), own)
+    moments = Moments(jnp.ones((), wide_dtype(x.value)), frozenset({x.leaf}), own)
     return x.move(x.value, perturbation, moments)
 
 

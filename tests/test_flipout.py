@@ -201,6 +201,43 @@ def test_unbiased_with_a_calibrated_standard_error(model, scope):
     assert np.all(np.abs(variance - spread**2) <= 0.2 * spread**2 + rounding**2)
 
 
+class _EveryKind(nn.Module):
+    """Attention, normalisation, a convolution and one row, in a dtype of its own."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8, dtype=self.dtype)(x)
+        x = x + nn.MultiHeadDotProductAttention(2, dtype=self.dtype)(x, x)
+        x = jnp.tanh(nn.Conv(8, (3,), dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(x)))
+        return nn.Dense(3, dtype=self.dtype)(jnp.mean(x, axis=0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("scope", ["joint", "block"])
+def test_parameters_may_be_wider_than_the_arithmetic(scope, dtype):
+    batch = _normal(1, 8, 5, 4)
+    params = _EveryKind(jnp.float32).init(jax.random.key(0), batch[0])
+
+    def loss_in(dtype):
+        return lambda p, x: jnp.sum(_EveryKind(dtype).apply(p, x).astype(jnp.float32) ** 2)
+
+    full, half = (
+        layer_curvature(
+            params,
+            0,
+            estimator=flipout(20, scope=scope),
+            example_value_fn=loss_in(dtype),
+            batch=batch,
+        )
+        for dtype in (jnp.float32, dtype)
+    )
+    # The probes are the same: what differs are the roundings of some tens of operations in a row.
+    difference = np.abs(half.mean - full.mean) / full.std_error
+    assert np.max(difference) < 30 * jnp.finfo(dtype).eps
+
+
 def test_one_probe_reports_an_upper_limit_where_signs_cover_every_axis():
     mean, std_error, _ = _estimates(mlp, flipout())
     assert np.all((std_error**2).mean(axis=0) >= 0.9 * mean.var(axis=0))
@@ -285,6 +322,60 @@ def test_an_activations_own_curvature_has_no_noise(hidden):
         # Roundings of float64; without the means the first layer's would be off by a tenth.
         np.testing.assert_allclose(found.mean, exact.mean, rtol=1e-12, atol=1e-14)
     assert abs(exact.mean[0]) > 1e-3
+
+
+def _attention(query, key, value):
+    """As Flax writes it."""
+    weights = nn.dot_product_attention_weights(query, key, mask=MASK, precision="highest")
+    return jnp.einsum("hts,shd->thd", weights, value)
+
+
+def _by_hand(query, key, value):
+    """Scores by key and query, masked by -inf, without a shift."""
+    scores = jnp.einsum("shd,thd->sht", key, query) / 2
+    powers = jnp.exp(jnp.where(MASK.T[:, None], scores, -jnp.inf))
+    return jnp.einsum("sht,shd->thd", powers / jnp.sum(powers, 0, keepdims=True), value)
+
+
+def _one_head(query, key, value):
+    """Scores laid out anew and moved by their places."""
+    scores = query.reshape(3, 6) @ key.reshape(3, 6).T
+    scores = scores[:, None].transpose(2, 0, 1).reshape(3, 3) + jnp.sin(jnp.arange(3.0))
+    return jnp.einsum("st,shd->thd", jax.nn.softmax(scores, axis=0), value)
+
+
+MASK = np.tril(np.ones((3, 3), bool))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("attention", [_attention, _by_hand, _one_head])
+@pytest.mark.parametrize("project", ["einsum", "reshape"])
+def test_attentions_own_curvature_has_no_noise(attention, project):
+    """Queries and keys before softmax, whose mean is taken exactly; linear in what follows."""
+    params = {
+        name: {"kernel": _normal(i, 4, 2, 3), "bias": 0.3 * _normal(i + 3, 2, 3)}
+        for i, name in enumerate(["key", "query", "value"])
+    }
+    params = jax.tree.map(lambda x: x.astype(float), params)
+    batch = _normal(6, 5, 3, 4).astype(float)
+
+    def projected(dense, x):
+        if project == "einsum":
+            return jnp.einsum("ti,ihd->thd", x, dense["kernel"]) + dense["bias"]
+        kernel, bias = dense["kernel"].reshape(4, 6), dense["bias"].reshape(6)
+        return (x @ kernel + bias).reshape(3, 2, 3)
+
+    def loss(p, x):
+        query, key, value = (projected(p[name], x) for name in ("query", "key", "value"))
+        return jnp.sum(jnp.sin(jnp.arange(18.0)).reshape(3, 2, 3) * attention(query, key, value))
+
+    inputs = {"value_fn": _mean(loss, batch), "example_value_fn": loss, "batch": batch}
+    exact = layer_curvature(params, 0, estimator=exact_trace(), **inputs)
+    for seed in range(3):
+        found = layer_curvature(params, seed, estimator=flipout(scope="block"), **inputs)
+        # Roundings of float64; without the means keys and queries would be off by a tenth.
+        np.testing.assert_allclose(found.mean, exact.mean, rtol=1e-12, atol=1e-14)
+    assert np.all(np.abs(exact.mean[:2]) > 1e-3)
 
 
 def test_a_gradient_keeps_a_small_layer_out_of_the_noise_of_a_large_one():

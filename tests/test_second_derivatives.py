@@ -49,6 +49,18 @@ def attention(*t):
     return jnp.sum((weights @ (X @ z)) ** 2)
 
 
+def softmaxes(*t):
+    """Along any axis, masked, shifted or not, used on the way too, and what only looks like one."""
+    x, y, z = moved(t)
+    mask = jnp.tril(jnp.ones((4, 4), bool))
+    p = jax.nn.softmax(jnp.where(mask, x @ y, -jnp.inf), axis=-1)
+    q = jnp.exp(jnp.sin(y @ x)[None])
+    q = q / jnp.sum(q, 1, keepdims=True) + q
+    r = jnp.exp(z - jnp.max(z, axis=1, keepdims=True))
+    r = r / jnp.sum(r, axis=0, keepdims=True) + r / jnp.sum(jnp.square(r), axis=1, keepdims=True)
+    return jnp.sum(jnp.sin(p @ Y)) + jnp.sum(q[0] * p * X) + jnp.sum(r * A)
+
+
 def normalised(*t):
     """Elementwise operations on values of two roots, and reductions."""
     x, y, z = moved(t)
@@ -101,8 +113,8 @@ def constant(*t):
 
 
 FUNCTIONS = [
-    layers, residual, attention, normalised, piecewise, recurrent, nested, convolved, partly_moved,
-    constant,
+    layers, residual, attention, softmaxes, normalised, piecewise, recurrent, nested, convolved,
+    partly_moved, constant,
 ]  # fmt: skip
 
 
@@ -168,6 +180,9 @@ def _entered(t, value, direction, leaf, square):
     return after, Entry(value, after, moments)
 
 
+_CUBE = np.stack([A, B, C])
+
+
 def _product_of(fn):
     """A function of two moved arrays, whose result a product uses; where they enter."""
 
@@ -208,12 +223,26 @@ def test_a_mean_square_replaces_the_square_on_the_way_to_a_product(fn):
     "fn",
     [
         lambda x, y, z: jax.nn.softmax(x),
+        lambda x, y, z: jax.nn.softmax(x @ (Y + y).T),
+        lambda x, y, z: jax.nn.softmax(Y @ x.T),
+        lambda x, y, z: jax.nn.softmax(jnp.einsum("td,sed->tse", x, _CUBE))[:, 0],
+        lambda x, y, z: jax.nn.softmax(jnp.sin(x @ Y)),
         lambda x, y, z: (lambda h: h * Y + jnp.sum(h))(jnp.exp(x)),
         lambda x, y, z: jnp.tanh(x + x.T),
         lambda x, y, z: jnp.tanh(x * y),
         lambda x, y, z: jnp.tanh(x @ y),
     ],
-    ids=["softmax", "summed too", "one leaf twice", "a product of two", "a matrix product"],
+    ids=[
+        "softmax",
+        "softmax of two",
+        "softmax of keys",
+        "softmax of more axes",
+        "softmax of sin",
+        "summed too",
+        "one leaf twice",
+        "a product of two",
+        "a matrix product",
+    ],
 )
 def test_the_square_stays_where_its_mean_may_add_noise_or_is_not_known(fn):
     def value(t):

@@ -75,7 +75,7 @@ class Taps(Uses):
         if leaf in self.rows:
             raise UsedAgain(leaf)
         self.rows[leaf], self.shapes[leaf] = rows, (out.shape[0], out.shape[1])
-        return out + self._moves[leaf] if leaf in self._moves else out
+        return out + self._moves[leaf].astype(out.dtype) if leaf in self._moves else out
 
 
 class Perturbed(NamedTuple):

@@ -175,6 +175,27 @@ def test_is_the_hessians_where_outputs_are_piecewise_linear(model):
     assert np.all(found.std_error == 0)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_parameters_may_be_wider_than_the_arithmetic(dtype):
+    params, _, loss, batch, layers = cnn()
+    images = batch[0].astype(jnp.float32), batch[1]
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+
+    def estimated(dtype):
+        def model():
+            def outputs(p, example):
+                half = jax.tree.map(lambda x: x.astype(dtype), (p, example[0]))
+                return _Convolutions().apply(*half)
+
+            return params, outputs, loss, images, layers
+
+        return _found(model).mean
+
+    # Ten roundings of the dtype in a row.
+    limit = 10 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(estimated(dtype), estimated(jnp.float32), rtol=limit)
+
+
 @pytest.mark.parametrize("model", [tanh_mlp, transformer, scans])
 def test_is_the_gauss_newton_matrix_of_any_network(model):
     params, outputs, loss, batch, _ = model()

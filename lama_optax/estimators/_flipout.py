@@ -282,7 +282,8 @@ def flipout(num_probes: int = 1, *, scope: str | None = None) -> _Flipout:
     use, the mean over inputs is taken exactly: the outputs move by :math:`|h_b|\, s_b` and no
     product with V is needed. In block scope an activation f between a layer and the next product,
     at z = h W + b, adds :math:`f''(z)\, \mathrm{E}[z'^2] = f''(z)(|h|^2 + 1)` instead of
-    :math:`f''(z)\, z'^2`: the mean over probes is exact there too.
+    :math:`f''(z)\, z'^2`: the mean over probes is exact there too. So it is through softmax of a
+    product of which the layer makes one factor, as a query or a key of attention does.
 
     The standard error is that of the estimate of this batch's curvature. With one probe it also
     holds the spread between examples, and so is an upper limit; for a layer with an axis without

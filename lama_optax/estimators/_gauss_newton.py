@@ -208,7 +208,7 @@ def gauss_newton(*, max_outputs: int = 256) -> _GaussNewton:
     loss it is never negative, and for cross-entropy it is the Fisher matrix's.
 
     It costs a forward pass and a backward pass for each output, but forms no derivative by a weight
-    where an example meets it in fewer rows than it has inputs: 2.6 gradients for an MLP and 11 for
+    where an example meets it in fewer rows than it has inputs: 2.3 gradients for an MLP and 12 for
     a CNN of ten classes, 0.8 for the paper's network (``python -m benchmarks.traces``). The
     standard error is 0.
 

@@ -1,6 +1,6 @@
 """Evaluates a jaxpr equation by equation, so that some of them can be evaluated differently."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax.extend.core as jex
@@ -52,3 +52,27 @@ def names_in(closed: Any) -> frozenset[str]:
     jaxpr = getattr(closed, "jaxpr", closed)
     names = frozenset(eqn.primitive.name for eqn in jaxpr.eqns)
     return names.union(*(names_in(inner) for inner in jex.subjaxprs(jaxpr)))
+
+
+def is_in(v: Any, known: Container[Any]) -> bool:
+    """Whether what an equation gets or gives is among known variables."""
+    return not isinstance(v, jex.Literal) and v in known
+
+
+def places(eqn: Any, known: Container[Any]) -> tuple[int, ...]:
+    """Which of an equation's inputs are ``known``."""
+    return tuple(i for i, v in enumerate(eqn.invars) if is_in(v, known))
+
+
+def is_real(v: Any) -> bool:
+    """Whether a variable has a real dtype."""
+    return jnp.issubdtype(v.aval.dtype, jnp.floating)
+
+
+def following(jaxpr: Any, sources: Sequence[Any]) -> set[Any]:
+    """``sources`` and all variables of a jaxpr that are computed from them."""
+    found = set(sources)
+    for eqn in jaxpr.eqns:
+        if places(eqn, found):
+            found.update(eqn.outvars)
+    return found

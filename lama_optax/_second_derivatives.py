@@ -14,14 +14,24 @@ same mean without its noise. So does softmax(x y^T) where one factor moves (`_so
 """
 
 import itertools
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from lama_optax._jaxprs import CALLS, apply, interpret, names_in
+from lama_optax._derivative_rule import DerivativeRule, Derivatives
+from lama_optax._jaxprs import (
+    CALLS,
+    apply,
+    following,
+    interpret,
+    is_in,
+    is_real,
+    names_in,
+    places,
+)
 from lama_optax._moments import MOVES_DATA, Moments, of_sum
 from lama_optax._perturbed import Entry
 from lama_optax._softmax import Found, Softmax, find_softmaxes, softmax_at
@@ -62,7 +72,6 @@ class _Chain(NamedTuple):
     bend: jax.Array | None  # None: 0
 
 
-Derivatives = dict[Any, jax.Array]  # of variables; those that are not there are 0
 Known = dict[Any, Moments]  # of variables' first derivatives; those that are not there are not
 
 
@@ -83,12 +92,12 @@ class _Evaluation:
         closed, shapes = jax.make_jaxpr(inlined, return_shape=True)(*args)
         self._jaxpr = closed.jaxpr
         result_var, entries = jax.tree.unflatten(jax.tree.structure(shapes), self._jaxpr.outvars)
-        self._rules: dict[Any, _Rule] = {}
-        moving = {v for v in _following(self._jaxpr, self._jaxpr.invars) if _is_real(v)}
+        self._rules: dict[Any, DerivativeRule] = {}
+        moving = {v for v in following(self._jaxpr, self._jaxpr.invars) if is_real(v)}
         factors = [v for eqn in self._jaxpr.eqns if _multiplies(eqn) for v in eqn.invars]
         softmaxes = find_softmaxes(self._jaxpr)
         ends = [*factors, *(softmax.weights for softmax in softmaxes), result_var]
-        ends = [*dict.fromkeys(v for v in ends if _is_in(v, moving))]
+        ends = [*dict.fromkeys(v for v in ends if is_in(v, moving))]
         place = {v: i for i, v in enumerate(ends)}
 
         def value(moves: dict[int, jax.Array]) -> tuple[jax.Array, Any]:
@@ -128,7 +137,7 @@ class _Evaluation:
             return _Chain(v, jnp.ones_like(x), None) if is_root else chains[v]
 
         for eqn, ins in zip(self._jaxpr.eqns, self._inputs, strict=True):
-            moved = _places(eqn, moving)
+            moved = places(eqn, moving)
             if not moved or eqn.primitive.name not in _ELEMENTWISE:
                 continue
             before = {eqn.invars[i]: chain_to(eqn.invars[i], ins[i]) for i in moved}
@@ -136,7 +145,9 @@ class _Evaluation:
             if not others:
                 slopes = {v: chain.slope for v, chain in before.items()}
                 bends = {v: chain.bend for v, chain in before.items() if chain.bend is not None}
-                first, second = _Rule(self._jaxpr, eqn, ins, slopes, bends)(ins, slopes, bends)
+                first, second = DerivativeRule(self._jaxpr, eqn, ins, slopes, bends)(
+                    ins, slopes, bends
+                )
                 chains |= {v: _Chain(root, slope, second.get(v)) for v, slope in first.items()}
         return chains
 
@@ -169,7 +180,7 @@ class _Evaluation:
         for eqn in reversed(self._jaxpr.eqns):
             outs = [v for v in eqn.outvars if v in moving]
             is_near = eqn.primitive.name in _ELEMENTWISE | MOVES_DATA and near.issuperset(outs)
-            for i in _places(eqn, moving - self._cotangents.keys()) if outs else ():
+            for i in places(eqn, moving - self._cotangents.keys()) if outs else ():
                 if is_near and eqn.invars[i] not in far:
                     near.add(eqn.invars[i])
                 else:
@@ -184,7 +195,7 @@ class _Evaluation:
         known: Known = {}
         ended = []
         for number, (eqn, ins) in enumerate(zip(self._jaxpr.eqns, self._inputs, strict=True)):
-            moved, bent = _places(eqn, first), _places(eqn, second)
+            moved, bent = places(eqn, first), places(eqn, second)
             if not (moved and eqn.outvars):
                 continue
             v = eqn.outvars[0]
@@ -195,7 +206,7 @@ class _Evaluation:
             else:
                 case = number, moved, bent
                 if case not in self._rules:
-                    self._rules[case] = _Rule(self._jaxpr, eqn, ins, first, second)
+                    self._rules[case] = DerivativeRule(self._jaxpr, eqn, ins, first, second)
                 new_first, new_second = self._rules[case](ins, first, second)
                 for out in new_second.keys() & self._cotangents.keys():
                     new_second[out] = self._weighted(out, new_second[out])
@@ -215,7 +226,7 @@ class _Evaluation:
         v, name = eqn.outvars[0], eqn.primitive.name
         if v in self._entries:
             before, entered = self._entries[v]
-            return {} if _is_in(before, first) else {v: entered}
+            return {} if is_in(before, first) else {v: entered}
         if v not in first or name not in MOVES_DATA | {"add", "sub"}:
             return {}
         parts = [(eqn.invars[i], self._moments(eqn.invars[i], known)) for i in moved]
@@ -263,10 +274,10 @@ class _Evaluation:
         share = None
         if softmax.product is not None and z2 is None:
             eqn = softmax.product.eqn
-            places = _places(eqn, first)
-            moments = self._moments(eqn.invars[places[0]], known)
-            if len(places) == 1 and moments is not None:
-                share = softmax.product.mean(places[0], moments)
+            place, *others = places(eqn, first)
+            moments = self._moments(eqn.invars[place], known)
+            if not others and moments is not None:
+                share = softmax.product.mean(place, moments)
         if share is None:
             share = softmax.second(z1, z2)
         return {v: softmax.first(z1)}, {v: share.astype(self._cotangents[v].dtype)}
@@ -274,63 +285,6 @@ class _Evaluation:
     def _weighted(self, v: Any, x: jax.Array) -> jax.Array:
         cotangent = self._cotangents[v]
         return cotangent * x.astype(cotangent.dtype)
-
-
-class _Rule:
-    """How what an equation gives follows the derivatives of what it gets."""
-
-    def __init__(
-        self, jaxpr: Any, eqn: Any, ins: list[Any], first: Derivatives, second: Derivatives
-    ):
-        """Of arrays like these."""
-        moved, bent = (
-            [*dict.fromkeys(eqn.invars[i] for i in _places(eqn, known))]
-            for known in (first, second)
-        )
-        outvars = [v for v in eqn.outvars if not isinstance(v, jex.DropVar) and _is_real(v)]
-
-        def derivatives(ins: list[Any], slopes: list[jax.Array], bends: list[jax.Array]) -> Any:
-            def outs(at: list[jax.Array]) -> list[jax.Array]:
-                new = dict(zip(moved, at, strict=True))
-                full = [
-                    new[v] if _is_in(v, new) else x for v, x in zip(eqn.invars, ins, strict=True)
-                ]
-                results = zip(eqn.outvars, apply(jaxpr, eqn, full), strict=True)
-                return [x for v, x in results if v in outvars]
-
-            def along(at: list[jax.Array], bent_slopes: list[jax.Array]) -> list[jax.Array]:
-                new = dict(zip([*moved, *bent], [*slopes, *bent_slopes], strict=True))
-                return jax.jvp(outs, (at,), ([new[v] for v in moved],))[1]
-
-            at = [ins[eqn.invars.index(v)] for v in moved]
-            bent_slopes = [slopes[moved.index(v)] for v in bent]
-            return jax.jvp(along, (at, bent_slopes), (slopes, bends))
-
-        self._closed = jax.make_jaxpr(derivatives)(
-            ins, [first[v] for v in moved], [second[v] for v in bent]
-        )
-        self._moved, self._bent, self._outvars = moved, bent, outvars
-        # What reads no derivative is 0: D^2 f of a linear f, for one.
-        inner = self._closed.jaxpr
-        following = _following(inner, inner.invars[len(ins) :])
-        self._is_zero = [not _is_in(v, following) for v in inner.outvars]
-
-    def __call__(
-        self, ins: list[Any], first: Derivatives, second: Derivatives
-    ) -> tuple[Derivatives, Derivatives]:
-        """The derivatives of the outputs, first and second."""
-        slopes, bends = [first[v] for v in self._moved], [second[v] for v in self._bent]
-        outs = jex.jaxpr_as_fun(self._closed)(*ins, *slopes, *bends)
-        count = len(self._outvars)
-        new_first, new_second = (
-            {
-                v: x
-                for v, x, zero in zip(self._outvars, outs[part], self._is_zero[part], strict=True)
-                if not zero
-            }
-            for part in (slice(count), slice(count, None))
-        )
-        return new_first, new_second
 
 
 def _inline(jaxpr: Any, eqn: Any, ins: list[Any]) -> Sequence[Any]:
@@ -343,25 +297,3 @@ def _multiplies(eqn: Any) -> bool:
     """Whether an equation is a product, or holds one."""
     inner = [names_in(jaxpr) for jaxpr in jex.jaxprs_in_params(eqn.params)]
     return not _PRODUCTS.isdisjoint([eqn.primitive.name, *itertools.chain(*inner)])
-
-
-def _is_in(v: Any, known: Container[Any]) -> bool:
-    return not isinstance(v, jex.Literal) and v in known
-
-
-def _places(eqn: Any, known: Container[Any]) -> tuple[int, ...]:
-    """Which of an equation's inputs are ``known``."""
-    return tuple(i for i, v in enumerate(eqn.invars) if _is_in(v, known))
-
-
-def _is_real(v: Any) -> bool:
-    return jnp.issubdtype(v.aval.dtype, jnp.floating)
-
-
-def _following(jaxpr: Any, sources: Sequence[Any]) -> set[Any]:
-    """``sources`` and all variables of a jaxpr that are computed from them."""
-    found = set(sources)
-    for eqn in jaxpr.eqns:
-        if _places(eqn, found):
-            found.update(eqn.outvars)
-    return found

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from lama_optax import exact_trace, flipout, gauss_newton, hutchinson, layer_curvature
-from lama_optax._convolutions import channels_last
+from lama_optax._jaxpr.channels_last import channels_last
 
 # Flax's layers promote implicitly.
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation")]

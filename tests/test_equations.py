@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import reference
 
-from lama_optax import _equations as eq
+from lama_optax.layers import resolve_layers
+from lama_optax.optimizers import equations as eq
 
 # One rounding of float64 is 1.1e-16 relative; no function below makes more than about ten.
 RTOL = 1e-14
@@ -93,9 +94,9 @@ def test_eq_6_decays_with_alpha_b1_and_keeps_the_weight(seed):
 
 
 def test_eq_8_divides_by_the_number_of_parameters():
-    trace, size = jnp.asarray([6.0, -2.0, 0.0]), jnp.asarray([3.0, 4.0, 0.0])
+    layers = resolve_layers("leaf", [jnp.ones(3), jnp.ones(4), jnp.ones(0)])
     # Exact in binary; a layer without parameters has no curvature.
-    assert eq.average_curvature(trace, size).tolist() == [2.0, -0.5, 0.0]
+    assert layers.average(jnp.asarray([6.0, -2.0, 0.0])).tolist() == [2.0, -0.5, 0.0]
 
 
 @pytest.mark.parametrize("sensitivity", [0.01, 3.0, -3.0])

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.flatten_util import ravel_pytree
 
 from lama_optax import gauss_newton, lama_scale, layer_curvature, layer_names, stacked
-from lama_optax.estimators import _gauss_newton
+from lama_optax.curvature import gauss_newton as gauss_newton_module
 
 # Flax's layers promote implicitly.
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation", "x64")]
@@ -219,7 +219,7 @@ def test_is_the_gauss_newton_matrix_of_any_network(model):
 def test_a_loop_over_parts_of_the_batch_changes_nothing(monkeypatch):
     whole = _found(relu_mlp)
     for entries in (1, 3000):  # one example at a time; several, and a rest
-        monkeypatch.setattr(_gauss_newton, "_MAX_ENTRIES", entries)
+        monkeypatch.setattr(gauss_newton_module, "_MAX_ENTRIES", entries)
         np.testing.assert_allclose(_found(relu_mlp).mean, whole.mean, rtol=1e-13)
 
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lama_optax import layer_names
-from lama_optax._layers import resolve_layers
+from lama_optax.layers import resolve_layers
 
 
 def dense(inputs, outputs):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lama_optax._moments import MOVES_DATA, Moments, of_sum
+from lama_optax._jaxpr.curvature.moments import MOVES_DATA, Moments, of_sum
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lama_optax._layers import resolve_layers
-from lama_optax._probes import PROBES
+from lama_optax.curvature.probes import PROBES
+from lama_optax.layers import resolve_layers
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lama_optax._jaxprs import names_in
-from lama_optax._moments import Moments
-from lama_optax._perturbed import Entry, shifted
-from lama_optax._second_derivatives import _ELEMENTWISE, second_derivatives
+from lama_optax._jaxpr.curvature.moments import Moments
+from lama_optax._jaxpr.curvature.second_derivatives import _ELEMENTWISE, second_derivatives
+from lama_optax._jaxpr.interpret import names_in
+from lama_optax._jaxpr.weights.perturbed import Entry, shifted
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -22,8 +22,8 @@ from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from lama_optax import flipout, gauss_newton, hutchinson, lam, lama_adam, layer_curvature
-from lama_optax._layers import resolve_layers
-from lama_optax._probes import PROBES
+from lama_optax.curvature.probes import PROBES
+from lama_optax.layers import resolve_layers
 
 # What is tested is how XLA partitions, which is before LLVM.
 pytestmark = pytest.mark.usefixtures("fast_compilation")

@@ -45,7 +45,7 @@ class Rearranged:
     shift: Any
     scale: Any = 1.0  # a number or shape=(L,)
 
-    def estimate(self, key: Any, params: PyTree, layers: Any, **extra: Any) -> LayerCurvature:
+    def estimate(self, key: Any, params: PyTree, layers: Any, /, **extra: Any) -> LayerCurvature:
         """Another estimator's estimate, rearranged."""
         found = self.estimator.estimate(key, params, layers, **extra)
         mean = jnp.roll(found.mean * self.scale, self.shift)

@@ -2,7 +2,7 @@
 
 This file interprets the jaxpr of the function of one example, follows each weight through
 transpose, reshape, convert, scan and nested calls to the products that use it, and perturbs there
-(`lama_optax._perturb_rules`); under `jax.vmap` over examples each stays one matrix product. A use
+(`rules`); under `jax.vmap` over examples each stays one matrix product. A use
 without a rule gets the perturbed weight itself if it is small; a large one loses its signs, in all
 its uses alike.
 """
@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lama_optax._jaxprs import CALLS, apply, interpret
-from lama_optax._perturb_rules import RULES
-from lama_optax._perturbed import Perturbed, Signs, Uses, Value, formed
+from lama_optax._jaxpr.interpret import CALLS, apply, interpret
+from lama_optax._jaxpr.weights.perturbed import Perturbed, Signs, Uses, Value, formed
+from lama_optax._jaxpr.weights.rules import RULES
 
 
 def evaluate(closed: Any, args: Sequence[Value]) -> list[jax.Array]:

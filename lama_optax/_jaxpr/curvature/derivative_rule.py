@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 
-from lama_optax._jaxprs import apply, following, is_in, is_real, places
+from lama_optax._jaxpr.interpret import apply, following, is_in, is_real, places
 
 Derivatives = dict[Any, jax.Array]  # of variables; those that are not there are 0
 

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lama_optax._lama import LamaState
-from lama_optax._layers import LayerSpec, is_masked, resolve_layers, unique_names
+from lama_optax.layers import LayerSpec, is_masked, resolve_layers, unique_names
+from lama_optax.optimizers.lama import LamaState
 
 PyTree = Any
 

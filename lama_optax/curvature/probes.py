@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType
 
-from lama_optax._layers import Layers
+from lama_optax.layers import Layers
 
 PyTree = Any
 

@@ -15,9 +15,9 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from lama_optax._jaxprs import apply
-from lama_optax._moments import MOVES_DATA, Moments, axis_before
-from lama_optax._numbers import wide_dtype
+from lama_optax._checks import wide_dtype
+from lama_optax._jaxpr.curvature.moments import MOVES_DATA, Moments, axis_before
+from lama_optax._jaxpr.interpret import apply
 
 
 class Found(NamedTuple):

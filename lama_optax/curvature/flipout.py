@@ -4,8 +4,8 @@ For a loss that is a mean over examples the Hessian is a mean of the examples' H
 
     trace(H_l) = (1/B) sum_b E[v_b^T H_b,l v_b],
 
-and with independent v_b the variance falls by up to the batch size. `lama_optax._perturb` applies
-the probes without drawing or storing one weight-shaped array for each example.
+and with independent v_b the variance falls by up to the batch size. `lama_optax._jaxpr.weights`
+applies the probes without drawing or storing one weight-shaped array for each example.
 """
 
 import dataclasses
@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lama_optax._convolutions import channels_last
-from lama_optax._equations import average_curvature
-from lama_optax._jaxprs import names_in
-from lama_optax._layers import Layers
-from lama_optax._numbers import check_count, check_word
-from lama_optax._perturb import evaluate
-from lama_optax._perturbed import (
+from lama_optax._checks import check_count, check_word
+from lama_optax._jaxpr.channels_last import channels_last
+from lama_optax._jaxpr.curvature.second_derivatives import second_derivatives
+from lama_optax._jaxpr.interpret import names_in
+from lama_optax._jaxpr.weights.evaluate import evaluate
+from lama_optax._jaxpr.weights.perturbed import (
     DropSigns,
     Entry,
     Perturbed,
@@ -30,14 +29,14 @@ from lama_optax._perturbed import (
     UsedAgain,
     Uses,
 )
-from lama_optax._probes import signs
-from lama_optax._second_derivatives import second_derivatives
-from lama_optax.estimators._protocol import (
+from lama_optax.curvature.probes import signs
+from lama_optax.curvature.protocol import (
     LayerCurvature,
     check_batch,
     of_each_device,
     scalar_objective,
 )
+from lama_optax.layers import Layers
 
 PyTree = Any
 # Up to so many layers their blocks are estimated one by one, unless asked otherwise.
@@ -58,6 +57,7 @@ class _Flipout:
         key: jax.Array,
         params: PyTree,
         layers: Layers,
+        /,
         *,
         example_value_fn: Callable[[PyTree, PyTree], jax.Array] | None = None,
         batch: PyTree = None,
@@ -77,7 +77,6 @@ class _Flipout:
             self.scope is None and 0 < len(layers.names) <= _BLOCK_LAYERS
         )
         loss = _ExampleLoss(example_value_fn, params, batch, layers)
-        num_layers = len(layers.names)
         scale = _balanced(updates, layers)
 
         def joint(probe: PyTree, own: jax.Array, example: PyTree) -> jax.Array:
@@ -104,11 +103,8 @@ class _Flipout:
 
         keys = jax.random.split(key, self.num_probes)
         samples = jax.lax.map(sample, keys) if self.num_probes > 1 else sample(keys[0])[None]
-        size = layers.size_array()
-        return LayerCurvature(
-            mean=average_curvature(jnp.mean(samples, axis=(0, 1)), size),
-            std_error=average_curvature(_standard_error(samples, loss.independent), size),
-            size=jnp.asarray(layers.sizes, jnp.int32).reshape(num_layers),
+        return LayerCurvature.from_trace(
+            layers, jnp.mean(samples, axis=(0, 1)), _standard_error(samples, loss.independent)
         )
 
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from lama_optax._moments import Moments
-from lama_optax._numbers import wide_dtype
+from lama_optax._checks import wide_dtype
+from lama_optax._jaxpr.curvature.moments import Moments
 
 # Up to this size a weight is perturbed for each example itself where no rule applies.
 _SMALL = 4096

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from lama_optax import _equations as eq
-from lama_optax._layers import LayerSpec, check_layers, check_structure, resolve_layers
-from lama_optax._numbers import as_scalar, check_number, check_word, wide_dtype
+from lama_optax._checks import as_scalar, check_number, check_word, wide_dtype
+from lama_optax.layers import LayerSpec, check_layers, check_structure, resolve_layers
+from lama_optax.optimizers import equations as eq
 
 PyTree = Any
 

@@ -1,7 +1,7 @@
 """The documents' equations as pure functions of arrays, in the documents' order.
 
 Document 1, LAMA-Adam: Eqs. (1) and (6) are one function, since (1) is (6) with
-``alpha = 1``; Eq. (7), the estimator, lives in `lama_optax.estimators`.
+``alpha = 1``; Eq. (7) is `lama_optax.hutchinson`, Eq. (8) is `lama_optax.Layers.average`.
 
     m     = (alpha b1) m + (1 - b1) g                        Eqs. 1, 6
     v     = b2 v + (1 - b2) g^2                              Eq. 2
@@ -54,11 +54,6 @@ def bias_corrected(moments: PyTree, decay: Scalar, count: jax.Array) -> PyTree:
 def adam_step(m_hat: jax.Array, v_hat: jax.Array, eps: Scalar) -> jax.Array:
     """Eq. (5) without the learning rate: ``m_hat / (sqrt(v_hat) + eps)``."""
     return m_hat / (jnp.sqrt(v_hat) + eps)
-
-
-def average_curvature(trace: jax.Array, size: jax.Array) -> jax.Array:
-    """Eq. (8): ``H = trace / N``; a layer without parameters has no curvature, 0."""
-    return trace / jnp.maximum(size, 1)
 
 
 def momentum_factor(

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lama_optax._jaxprs import names_in
-from lama_optax._layers import Layers, LayerSpec, is_masked, resolve_layers
+from lama_optax._jaxpr.interpret import names_in
+from lama_optax.layers import Layers, LayerSpec, is_masked, resolve_layers
 
 PyTree = Any
 
@@ -18,7 +18,15 @@ class LayerCurvature(NamedTuple):
 
     mean: jax.Array  # shape=(L,), float32 (float64 where a parameter is); trace = mean * size
     std_error: jax.Array  # shape=(L,), same dtype; one standard error of `mean`, NaN if unknown
-    size: jax.Array  # shape=(L,), dtype=int32; number of parameters N_l
+    size: jax.Array  # shape=(L,); number of parameters N_l, int32 (`mean.dtype` from 2^31 on)
+
+    @classmethod
+    def from_trace(cls, layers: Layers, trace: jax.Array, std_error: jax.Array) -> "LayerCurvature":
+        """From each layer's trace, shape (L,), and the trace's standard error (Eq. 8)."""
+        fits = max(layers.sizes, default=0) < 2**31
+        dtype = jnp.int32 if fits else layers.dtype
+        size = jnp.asarray(np.asarray(layers.sizes, np.int64 if fits else np.float64), dtype)
+        return cls(layers.average(trace), layers.average(std_error), size)
 
 
 @runtime_checkable
@@ -30,7 +38,7 @@ class Estimator(Protocol):
     """
 
     def estimate(
-        self, key: jax.Array, params: PyTree, layers: Layers, **extra_args: Any
+        self, key: jax.Array, params: PyTree, layers: Layers, /, **extra_args: Any
     ) -> LayerCurvature:
         """Estimates every layer's average curvature at ``params``.
 
@@ -112,6 +120,15 @@ def as_typed_key(key: int | jax.Array) -> jax.Array:
     raise ValueError(
         f"key must be an integer seed, one typed PRNG key or the raw data of one; got {key!r}."
     )
+
+
+def standard_error(samples: jax.Array) -> jax.Array:
+    """Of the mean of independent samples (K, ...), shape (...); NaN from one sample."""
+    num_samples = samples.shape[0]
+    if num_samples == 1:
+        # From numpy: `jax.debug_nans` looks for NaN in what JAX computes.
+        return jnp.asarray(np.full(samples.shape[1:], np.nan, samples.dtype))
+    return jnp.std(samples, axis=0, ddof=1) / jnp.sqrt(jnp.asarray(num_samples, samples.dtype))
 
 
 def check_batch(batch: PyTree) -> int:

@@ -9,16 +9,15 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from lama_optax._convolutions import channels_last
-from lama_optax._equations import average_curvature
-from lama_optax._layers import Layers
-from lama_optax._numbers import check_flag
-from lama_optax.estimators._protocol import (
+from lama_optax._checks import check_flag
+from lama_optax._jaxpr.channels_last import channels_last
+from lama_optax.curvature.protocol import (
     LayerCurvature,
     check_twice_differentiable,
     primitive_names,
     scalar_objective,
 )
+from lama_optax.layers import Layers
 
 PyTree = Any
 
@@ -34,6 +33,7 @@ class _ExactTrace:
         key: jax.Array,
         params: PyTree,
         layers: Layers,
+        /,
         *,
         value_fn: Callable[[PyTree], Any] | None = None,
         **extra_args: Any,
@@ -57,12 +57,8 @@ class _ExactTrace:
 
         entries = jax.lax.map(diagonal_entry, jnp.arange(flat.size)) if flat.size else flat
         diagonal = unravel(entries)
-        mean = average_curvature(layers.sum(diagonal), layers.size_array())
-        return LayerCurvature(
-            mean=mean,
-            std_error=jnp.zeros_like(mean),
-            size=jnp.asarray(layers.sizes, jnp.int32).reshape(len(layers.sizes)),
-        )
+        trace = layers.sum(diagonal)
+        return LayerCurvature.from_trace(layers, trace, jnp.zeros_like(trace))
 
 
 def exact_trace(*, has_aux: bool = False) -> _ExactTrace:

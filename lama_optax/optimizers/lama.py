@@ -14,16 +14,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from lama_optax import _equations as eq
-from lama_optax._layers import (
-    Layers,
-    LayerSpec,
-    check_layers,
-    check_structure,
-    match_to_params,
-    resolve_layers,
-)
-from lama_optax._numbers import (
+from lama_optax._checks import (
     as_scalar,
     check_count,
     check_float_dtype,
@@ -32,8 +23,17 @@ from lama_optax._numbers import (
     check_word,
     wide_dtype,
 )
-from lama_optax.estimators import Estimator, hutchinson
-from lama_optax.estimators._protocol import as_typed_key, check_estimator
+from lama_optax.curvature.hutchinson import hutchinson
+from lama_optax.curvature.protocol import Estimator, as_typed_key, check_estimator
+from lama_optax.layers import (
+    Layers,
+    LayerSpec,
+    check_layers,
+    check_structure,
+    match_to_params,
+    resolve_layers,
+)
+from lama_optax.optimizers import equations as eq
 
 PyTree = Any
 
@@ -365,7 +365,7 @@ def _curvature_array(curvature: Any, params: PyTree, partition: Layers) -> jax.A
             )
         means = jnp.broadcast_to(jnp.asarray(mean, partition.dtype), shape)
         leaf_sums.append(means * (np.size(leaf) // (depth or 1)))
-    return eq.average_curvature(partition.sum(leaf_sums), partition.size_array())
+    return partition.average(partition.sum(leaf_sums))
 
 
 def _averaged(value_fn: Callable[[PyTree], Any], axis_name: str) -> Callable[[PyTree], Any]:

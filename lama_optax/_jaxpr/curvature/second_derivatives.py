@@ -21,8 +21,10 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from lama_optax._derivative_rule import DerivativeRule, Derivatives
-from lama_optax._jaxprs import (
+from lama_optax._jaxpr.curvature.derivative_rule import DerivativeRule, Derivatives
+from lama_optax._jaxpr.curvature.moments import MOVES_DATA, Moments, of_sum
+from lama_optax._jaxpr.curvature.softmax import Found, Softmax, find_softmaxes, softmax_at
+from lama_optax._jaxpr.interpret import (
     CALLS,
     apply,
     following,
@@ -32,9 +34,7 @@ from lama_optax._jaxprs import (
     names_in,
     places,
 )
-from lama_optax._moments import MOVES_DATA, Moments, of_sum
-from lama_optax._perturbed import Entry
-from lama_optax._softmax import Found, Softmax, find_softmaxes, softmax_at
+from lama_optax._jaxpr.weights.perturbed import Entry
 
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 # fmt: off

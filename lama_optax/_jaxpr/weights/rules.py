@@ -16,9 +16,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lama_optax._moments import Moments, segments
-from lama_optax._numbers import wide_dtype
-from lama_optax._perturbed import DropSigns, Perturbed, Signs, Taps, Value, along, formed
+from lama_optax._checks import wide_dtype
+from lama_optax._jaxpr.curvature.moments import Moments, segments
+from lama_optax._jaxpr.weights.perturbed import (
+    DropSigns,
+    Perturbed,
+    Signs,
+    Taps,
+    Value,
+    along,
+    formed,
+)
 
 
 def _product(

@@ -10,18 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lama_optax._convolutions import channels_last
-from lama_optax._equations import average_curvature
-from lama_optax._layers import Layers
-from lama_optax._numbers import check_count, check_flag, check_number, check_word
-from lama_optax._probes import PROBES
-from lama_optax.estimators._protocol import (
+from lama_optax._checks import check_count, check_flag, check_number, check_word
+from lama_optax._jaxpr.channels_last import channels_last
+from lama_optax.curvature.probes import PROBES
+from lama_optax.curvature.protocol import (
     LayerCurvature,
     check_twice_differentiable,
     has_custom_vjp,
     primitive_names,
     scalar_objective,
+    standard_error,
 )
+from lama_optax.layers import Layers
 
 PyTree = Any
 Objective = Callable[[PyTree], jax.Array]
@@ -46,6 +46,7 @@ class _Hutchinson:
         key: jax.Array,
         params: PyTree,
         layers: Layers,
+        /,
         *,
         value_fn: Callable[[PyTree], Any] | None = None,
         **extra_args: Any,
@@ -57,7 +58,6 @@ class _Hutchinson:
         if self.hvp == "exact":
             check_twice_differentiable(objective, params, primitives)
         quadratic_forms = self._quadratic_forms(objective, params, layers, primitives)
-        size = layers.size_array()
         chunk = self.chunk_size or 1
 
         def sample(probe_key: jax.Array) -> jax.Array:
@@ -65,15 +65,11 @@ class _Hutchinson:
             if chunk < self.num_probes:
                 at, probe_key = _anew(params, probe_key)
             probe = PROBES[self.probe](probe_key, params, layers)
-            return average_curvature(quadratic_forms(at, probe), size)
+            return quadratic_forms(at, probe)
 
         keys = jax.random.split(key, self.num_probes)
         samples = _map(sample, keys, chunk)
-        return LayerCurvature(
-            mean=jnp.mean(samples, axis=0),
-            std_error=_standard_error(samples),
-            size=jnp.asarray(layers.sizes, jnp.int32).reshape(len(layers.sizes)),
-        )
+        return LayerCurvature.from_trace(layers, jnp.mean(samples, axis=0), standard_error(samples))
 
     def _quadratic_forms(
         self, objective: Objective, params: PyTree, layers: Layers, primitives: frozenset[str]
@@ -184,13 +180,6 @@ def _map(fn: Callable[[jax.Array], jax.Array], keys: jax.Array, chunk: int) -> j
     if chunk >= keys.shape[0]:
         return jax.vmap(fn)(keys)
     return jax.lax.map(fn, keys, batch_size=None if chunk == 1 else chunk)
-
-
-def _standard_error(samples: jax.Array) -> jax.Array:
-    num_probes = samples.shape[0]
-    if num_probes == 1:
-        return jnp.full_like(samples[0], jnp.nan)
-    return jnp.std(samples, axis=0, ddof=1) / jnp.sqrt(jnp.asarray(num_probes, samples.dtype))
 
 
 def hutchinson(

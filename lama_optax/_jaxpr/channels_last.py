@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lama_optax._jaxprs import CALLS, apply, interpret
+from lama_optax._jaxpr.interpret import CALLS, apply, interpret
 
 
 def channels_last(fn: Callable[..., Any], primitives: frozenset[str]) -> Callable[..., Any]:

@@ -7,11 +7,12 @@ import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from lama_optax._lam import lam_scale
-from lama_optax._lama import lama_scale
-from lama_optax._layers import LayerSpec
-from lama_optax._numbers import check_number
-from lama_optax.estimators import Estimator, hutchinson
+from lama_optax._checks import check_number
+from lama_optax.curvature.hutchinson import hutchinson
+from lama_optax.curvature.protocol import Estimator
+from lama_optax.layers import LayerSpec
+from lama_optax.optimizers.lam import lam_scale
+from lama_optax.optimizers.lama import lama_scale
 
 
 def lama_adam(

@@ -5,6 +5,7 @@ in the order in which their first leaf appears in the flattened parameters.
 """
 
 import collections
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lama_optax._numbers import check_word, wide_dtype
+from lama_optax._checks import check_word, wide_dtype
 
 PyTree = Any
 #: ``"module"``, ``"leaf"``, a params-shaped tree (or prefix) of labels, a function of params that
@@ -21,8 +22,9 @@ PyTree = Any
 LayerSpec = str | PyTree | Callable[[PyTree], PyTree]
 
 
-class Layers(NamedTuple):
-    """The partition of a parameter tree's leaves into L layers; static, made while tracing."""
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """The partition of a parameter tree's leaves into L layers: static, hashable, no pytree."""
 
     names: tuple[str, ...]  # length L, unique
     sizes: tuple[int, ...]  # length L, number of parameters
@@ -65,6 +67,10 @@ class Layers(NamedTuple):
 
         entries = map(entry, self.leaf_layer, self.leaf_depth, leaves)
         return jax.tree.unflatten(treedef, list(entries))
+
+    def average(self, traces: jax.Array) -> jax.Array:
+        """Eq. (8): ``H_l = trace_l / N_l``, shape (L,); 0 for a layer without parameters."""
+        return traces / jnp.maximum(self.size_array(), 1)
 
     def size_array(self) -> jax.Array:
         """The number of parameters of each layer, shape (L,), in `dtype`."""

@@ -16,14 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lama_optax._convolutions import channels_last
-from lama_optax._equations import average_curvature
-from lama_optax._jaxprs import names_in
-from lama_optax._layers import Layers
-from lama_optax._numbers import check_count
-from lama_optax._perturb import evaluate
-from lama_optax._perturbed import Perturbed, Taps, UsedAgain
-from lama_optax.estimators._protocol import LayerCurvature, check_batch, of_each_device
+from lama_optax._checks import check_count
+from lama_optax._jaxpr.channels_last import channels_last
+from lama_optax._jaxpr.interpret import names_in
+from lama_optax._jaxpr.weights.evaluate import evaluate
+from lama_optax._jaxpr.weights.perturbed import Perturbed, Taps, UsedAgain
+from lama_optax.curvature.protocol import LayerCurvature, check_batch, of_each_device
+from lama_optax.layers import Layers
 
 PyTree = Any
 # Of the Jacobians of all examples, so many entries are held at once.
@@ -41,6 +40,7 @@ class _GaussNewton:
         key: jax.Array,
         params: PyTree,
         layers: Layers,
+        /,
         *,
         example_output_fn: Callable[[PyTree, PyTree], jax.Array] | None = None,
         output_loss_fn: Callable[[jax.Array, PyTree], jax.Array] | None = None,
@@ -90,12 +90,8 @@ class _GaussNewton:
             of_examples = jax.vmap(of_example)(batch)
         else:
             of_examples = jax.lax.map(of_example, batch, batch_size=chunk)
-        mean = average_curvature(jnp.mean(of_examples, axis=0), layers.size_array())
-        return LayerCurvature(
-            mean=mean,
-            std_error=jnp.zeros_like(mean),
-            size=jnp.asarray(layers.sizes, jnp.int32).reshape(len(layers.sizes)),
-        )
+        trace = jnp.mean(of_examples, axis=0)
+        return LayerCurvature.from_trace(layers, trace, jnp.zeros_like(trace))
 
 
 class _Network:

@@ -1,0 +1,1 @@
+"""Interprets jaxprs. No other room meets the parts of JAX that are not stable."""

@@ -1,0 +1,1 @@
+"""Second derivatives of one function along several directions."""

@@ -1,0 +1,1 @@
+"""Follows perturbed weights forwards to the products that use them."""

@@ -122,3 +122,11 @@ def following(jaxpr: Any, sources: Sequence[Any]) -> set[Any]:
 
 def _variables(atoms: Sequence[Any]) -> Iterator[Any]:
     return (atom for atom in atoms if not isinstance(atom, jex.Literal))
+
+
+def narrowest_dtype(closed: Any) -> Any:
+    """The real dtype with the fewest digits that a jaxpr computes in."""
+    dtypes = [
+        v.aval.dtype for eqn in equations_in(closed) for v in eqn.outvars if operations.is_float(v)
+    ]
+    return max(dtypes, key=lambda dtype: float(jnp.finfo(dtype).eps), default=jnp.float32)

@@ -286,9 +286,7 @@ def convolution(eqn: Any) -> tuple[Any, Callable[..., jax.Array]] | None:
         return None
 
     def convolve(lhs: jax.Array, rhs: jax.Array, numbers: Any) -> jax.Array:
-        return jax.lax.conv_general_dilated(
-            lhs, rhs, **eqn.params | {"dimension_numbers": numbers}
-        )
+        return jax.lax.conv_general_dilated(lhs, rhs, **eqn.params | {"dimension_numbers": numbers})
 
     return eqn.params["dimension_numbers"], convolve
 

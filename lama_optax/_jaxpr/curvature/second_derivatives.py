@@ -25,7 +25,15 @@ import jax.numpy as jnp
 
 from lama_optax._jaxpr import operations
 from lama_optax._jaxpr.curvature.derivative_rule import Arrays, DerivativeRule, OneEquation
-from lama_optax._jaxpr.interpret import apply, equations_in, inlined, interpret, is_in, places, source
+from lama_optax._jaxpr.interpret import (
+    apply,
+    equations_in,
+    inlined,
+    interpret,
+    is_in,
+    places,
+    source,
+)
 
 
 @functools.partial(
@@ -46,19 +54,27 @@ class Entry:
 Function = Callable[..., tuple[jax.Array, list[Entry]]]
 
 
-def second_derivatives(fn: Function, zeros: Sequence[jax.Array]) -> tuple[jax.Array, str | None]:
+class SecondDerivatives(NamedTuple):
+    """The value of a function of scalars, and its second derivative by each of them."""
+
+    value: jax.Array
+    derivatives: jax.Array
+    unknown: str | None  # the operation for which one pass forwards is not known to be right
+
+
+def second_derivatives(fn: Function, zeros: Sequence[jax.Array]) -> SecondDerivatives:
     """``d^2 fn / d t_i^2`` for each argument of a function of scalars t, which are ``zeros``.
 
     With its value ``fn`` returns where random directions enter; the means over them are those of
-    the second derivatives. The second result is None, or what in ``fn`` is not known to be right
-    by one pass forwards: then each is a derivative of the gradient.
+    the second derivatives. Where a pass forwards is not known to be right, each is a derivative of
+    the gradient.
     """
     closed, structure = inlined(fn, zeros)
     result, entries = jax.tree.unflatten(structure, closed.jaxpr.outvars)
     moving = _moving(closed.jaxpr)
     unknown = _unknown(closed.jaxpr, moving)
     if unknown is not None:
-        return _by_gradient(fn, jnp.stack(zeros)), unknown
+        return SecondDerivatives(*_by_gradient(fn, jnp.stack(zeros)), unknown)
     evaluation = _Evaluation(closed, zeros, result, entries, moving)
     one = jnp.ones_like(zeros[0])
     found: list[jax.Array] = []
@@ -66,10 +82,10 @@ def second_derivatives(fn: Function, zeros: Sequence[jax.Array]) -> tuple[jax.Ar
         found.append(evaluation.second_derivative(i, one))
         # Always 1, but XLA does not know: else it holds the values of all directions at once.
         one = jnp.where(found[-1] > jnp.inf, 0, one)
-    return jnp.stack(found), None
+    return SecondDerivatives(evaluation.value, jnp.stack(found), None)
 
 
-def _by_gradient(fn: Function, zeros: jax.Array) -> jax.Array:
+def _by_gradient(fn: Function, zeros: jax.Array) -> tuple[jax.Array, jax.Array]:
     def along(t: jax.Array) -> jax.Array:
         return fn(*t)[0]
 
@@ -78,7 +94,7 @@ def _by_gradient(fn: Function, zeros: jax.Array) -> jax.Array:
         product = jax.jvp(jax.grad(along), (zeros,), (is_own.astype(zeros.dtype),))[1]
         return jnp.sum(jnp.where(is_own, product, 0))
 
-    return jax.lax.map(of_direction, jnp.arange(zeros.size))
+    return along(zeros), jax.lax.map(of_direction, jnp.arange(zeros.size))
 
 
 def _moving(jaxpr: Any) -> set[Any]:
@@ -144,12 +160,12 @@ class _Evaluation:
             backwards.append((one, pull_back, values))
             return outs
 
-        value, *at_entries = interpret(closed, args, equation)
+        self.value, *at_entries = interpret(closed, args, equation)
         self._entries = {
             entry.after: (entry, square)
             for entry, square in zip(entries, at_entries[2::3], strict=True)
         }
-        self._gradient = _gradient(result, value, backwards)
+        self._gradient = _gradient(result, self.value, backwards)
         self._chains: dict[Any, _Chain] = {}
         self._weights: Arrays = {}  # of roots: what multiplies the squares of their derivatives
         for eqn, ins in zip(self._jaxpr.eqns, self._inputs, strict=True):
@@ -157,9 +173,7 @@ class _Evaluation:
                 self._extend_chains(eqn, ins, moving)
 
     def _extend_chains(self, eqn: Any, ins: list[Any], moving: set[Any]) -> None:
-        before = {
-            eqn.invars[i]: self._chain_to(eqn.invars[i], ins[i]) for i in places(eqn, moving)
-        }
+        before = {eqn.invars[i]: self._chain_to(eqn.invars[i], ins[i]) for i in places(eqn, moving)}
         root, *others = {chain.root for chain in before.values()}
         (v,) = eqn.outvars
         if others or v in self._entries:
@@ -206,8 +220,8 @@ class _Evaluation:
         for root, weight in self._weights.items():
             if root in first:
                 is_known = root in squares and root in self._near
-                square = squares[root].value if is_known else jnp.square(first[root])
-                parts.append(jnp.sum(weight * square.astype(self._dtype)))
+                square_of_root = squares[root].value if is_known else jnp.square(first[root])
+                parts.append(jnp.sum(weight * square_of_root.astype(self._dtype)))
         return sum(parts, jnp.zeros_like(one))
 
     def _square_of(self, eqn: Any, first: Arrays, squares: dict[Any, _Square]) -> _Square | None:
@@ -246,9 +260,7 @@ def _gradient(
     for one, pull_back, values in reversed(backwards):
         if not any(v in found for v in one.outputs):
             continue
-        outs = [
-            found.get(v, jnp.zeros_like(x)) for v, x in zip(one.outputs, values, strict=True)
-        ]
+        outs = [found.get(v, jnp.zeros_like(x)) for v, x in zip(one.outputs, values, strict=True)]
         (cotangents,) = pull_back(outs)
         for v, x in zip(one.inputs, cotangents, strict=True):
             found[v] = found[v] + x if v in found else x

@@ -53,9 +53,7 @@ class Followed(abc.ABC):
 Value = jax.Array | Followed
 
 
-def trace_example(
-    fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, batch: PyTree
-) -> Any:
+def trace_example(fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, batch: PyTree) -> Any:
     """The jaxpr of ``fn(params, example)`` for one example of a batch, and what it returns."""
     found: list[Any] = []
 

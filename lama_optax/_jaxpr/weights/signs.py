@@ -124,8 +124,8 @@ class Perturbed(Followed):
                 self.record.drop(self.leaf, signs, why)
         perturbation = product.perturb(h, self.probe)
         for signs in after:
-            axes = [product.to_output[axis] for axis in signs.axes]
-            perturbation = perturbation * signs.along(axes, out)
+            to = [product.to_output[axis] for axis in signs.axes]
+            perturbation = perturbation * signs.along(to, out)
         return self._perturb(out, perturbation, square)
 
     def _perturb(
@@ -160,8 +160,7 @@ class Perturbed(Followed):
         for signs in self.signs:
             if all(axis in place for axis in signs.axes):
                 values = signs.values[tuple(cut[axis] for axis in signs.axes)]
-                axes = tuple(place[axis] for axis in signs.axes)
-                found.append(Signs(signs.origins, axes, values))
+                found.append(Signs(signs.origins, tuple(place[a] for a in signs.axes), values))
                 left.remove(signs)
         for axes, to in movement.runs:
             own = [signs for signs in left if set(signs.axes) <= set(axes)]

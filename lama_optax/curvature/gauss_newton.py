@@ -21,6 +21,7 @@ from lama_optax._jaxpr.interpret import names_in
 from lama_optax._jaxpr.weights.follow import Value, evaluate
 from lama_optax._jaxpr.weights.taps import Tapped, Taps
 from lama_optax.curvature.examples import check_mean, trace_checked
+from lama_optax.curvature.probes import laid_out
 from lama_optax.curvature.protocol import (
     LayerCurvature,
     check_batch,
@@ -72,7 +73,8 @@ class _GaussNewton:
 
             z, pull_back, rows = jax.vjp(outputs, network.moves(params, example), has_aux=True)
             identity = of_each_device(jnp.eye(count, dtype=z.dtype), z)
-            (jacobian,) = jax.vmap(pull_back)(identity)
+            sharding = jax.typeof(z).sharding
+            (jacobian,) = jax.vmap(lambda row: pull_back(laid_out(row, sharding)))(identity)
             return network.by_layer(jacobian, rows, jax.hessian(loss)(z)), loss(z)
 
         per_example = channels_last(of_example, network.primitives)

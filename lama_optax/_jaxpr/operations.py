@@ -41,7 +41,7 @@ _SMOOTH = frozenset({
     "reduce_min", "reduce_precision", "reduce_prod", "reduce_sum", "reduce_window_max",
     "reduce_window_min", "reduce_window_sum", "rem", "remat2", "reshard", "rev", "scan", "scatter",
     "scatter-add", "scatter_add", "select_and_gather_add", "select_and_scatter_add",
-    "sharding_constraint", "sinh", "slice", "sort", "split", "tan", "top_k",
+    "sharding_constraint", "sinh", "slice", "sort", "split", "stack", "tan", "top_k", "unstack",
 })
 # fmt: on
 _KNOWN = LAYOUTS | PRODUCTS | ELEMENTWISE | FLAT | _SMOOTH

@@ -113,7 +113,7 @@ def _unknown(jaxpr: Any, moving: set[Any]) -> str | None:
             inner = [e for closed in operations.inner_jaxprs(eqn) for e in equations_in(closed)]
             for e in (eqn, *inner):
                 if not operations.is_known(e):
-                    return source(e)
+                    return source(e) if e is eqn else f"{e.primitive.name} in {source(eqn)}"
     return None
 
 

@@ -1,7 +1,7 @@
 """What may happen to a weight before its use, and to a part as a whole.
 
-A change is a function ``(weight, example) -> weight`` that keeps the shape. A wrapper takes a part's
-function ``(weights, activations, example) -> activations`` and returns another.
+A change is a function ``(weight, example) -> weight`` that keeps the shape. A wrapper takes a
+part's function ``(weights, activations, example) -> activations`` and returns another.
 """
 
 import jax
@@ -10,13 +10,6 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from .rules import clip_gradient, frozen_sigma, fused_tanh, powered, round_through
-
-WRAPPERS = {}
-
-
-def wrapper(function):
-    WRAPPERS[function.__name__] = function
-    return function
 
 
 def _mask(w):
@@ -107,58 +100,48 @@ ACTIVATIONS = {
 }
 
 
-@wrapper
 def jit(f, r):
     return jax.jit(f)
 
 
-@wrapper
 def checkpoint(f, r):
     policy = r.pick(None, jax.checkpoint_policies.dots_saveable)
     return jax.checkpoint(f, policy=policy)
 
 
-@wrapper
 def residual(f, r):
     return lambda p, h, e: h + f(p, h, e)
 
 
-@wrapper
 def twice(f, r):
     return lambda p, h, e: f(p, jnp.tanh(f(p, h, e)), e)
 
 
-@wrapper
 def cond(f, r):
     return lambda p, h, e: jax.lax.cond(
         e["s"] > 1, lambda p, h: f(p, h, e), lambda p, h: jnp.sin(f(p, -h, e)), p, h
     )
 
 
-@wrapper
 def switch(f, r):
     return lambda p, h, e: jax.lax.switch(
         e["ids"][0] % 3, [lambda h: f(p, h, e), lambda h: h, lambda h: f(p, 2 * h, e)], h
     )
 
 
-@wrapper
 def fori_loop(f, r):
     return lambda p, h, e: jax.lax.fori_loop(0, 2, lambda i, h: jnp.tanh(f(p, h, e)), h)
 
 
-@wrapper
 def scan_remat(f, r):
     body = jax.checkpoint(lambda p, h, e: jnp.tanh(f(p, h, e)))
     return lambda p, h, e: jax.lax.scan(lambda h, _: (body(p, h, e), h), h, None, length=2)[0]
 
 
-@wrapper
 def vmap(f, r):
     return lambda p, h, e: jax.vmap(lambda h: f(p, h, e))(jnp.stack([h, -h])).mean(0)
 
 
-@wrapper
 def vmap_weights(f, r):
     def apply(p, h, e):
         both = jax.tree.map(lambda w: jnp.stack([w, 0.5 * w]), p)
@@ -167,10 +150,8 @@ def vmap_weights(f, r):
     return apply
 
 
-@wrapper
 def own_vjp(f, r):
     """A rule that calls `jax.vjp` again, so that it can be differentiated."""
-
     g = jax.custom_vjp(f)
     g.defvjp(
         lambda p, h, e: (f(p, h, e), (p, h, e)),
@@ -179,17 +160,14 @@ def own_vjp(f, r):
     return g
 
 
-@wrapper
 def half_stopped(f, r):
     return lambda p, h, e: f(p, h, e) + jax.lax.stop_gradient(f(p, jnp.sin(h), e))
 
 
-@wrapper
 def stopped_input(f, r):
     return lambda p, h, e: f(p, jax.lax.stop_gradient(h), e) * (1 + h.mean())
 
 
-@wrapper
 def half_precision(f, r):
     def apply(p, h, e):
         half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (p, h))
@@ -198,7 +176,6 @@ def half_precision(f, r):
     return apply
 
 
-@wrapper
 def dropout(f, r):
     def apply(p, h, e):
         out = f(p, h, e)
@@ -208,7 +185,6 @@ def dropout(f, r):
     return apply
 
 
-@wrapper
 def debug(f, r):
     def apply(p, h, e):
         out = f(p, h, e)
@@ -216,3 +192,26 @@ def debug(f, r):
         return out
 
     return apply
+
+
+WRAPPERS = {
+    wrapper.__name__: wrapper
+    for wrapper in (
+        jit,
+        checkpoint,
+        residual,
+        twice,
+        cond,
+        switch,
+        fori_loop,
+        scan_remat,
+        vmap,
+        vmap_weights,
+        own_vjp,
+        half_stopped,
+        stopped_input,
+        half_precision,
+        dropout,
+        debug,
+    )
+}

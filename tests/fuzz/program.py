@@ -6,15 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .changes import ACTIVATIONS, CHANGES, WRAPPERS
-from .parts import PARTS
 from .rules import Draw
 
+PARTS = products.PARTS | others.PARTS
 _MAX_PARAMETERS = 60
 # What rounds inside of a program, where the exact matrix and an estimate round differently.
 _ROUNDED = {"half": 0.03, "half_precision": 0.1, "reduce_precision": 0.01, "single": 1e-5}
+# What takes a part's own outputs for inputs.
+_REPEATED = ("residual", "twice", "switch", "fori_loop", "scan_remat")
 # What has no bfloat16 in JAX.
 _DOUBLE = ("spectrum", "linear_algebra", "normed_weight")
 
@@ -65,8 +66,8 @@ def program(seed):
         stages.append(stage)
         description.append(words)
         h = out
-    loss_name = r.pick(*_LOSSES)
     num_outputs = min(h.size, 6)
+    loss_name = r.pick(*(name for name in _LOSSES if num_outputs > 1 or name != "softmax"))
 
     def example_output_fn(params, example):
         h = example["x"]
@@ -84,7 +85,9 @@ def program(seed):
         _LOSSES[loss_name],
         layers=r.pick("module", "leaf"),
         updates=r.pick(None, jax.tree.map(lambda w: r(*w.shape), params)),
-        rounding=max([rounding for name, rounding in _ROUNDED.items() if f"[{name}]" in words] + [0.0]),
+        rounding=max(
+            [rounding for name, rounding in _ROUNDED.items() if f"[{name}]" in words] + [0.0]
+        ),
     )
 
 
@@ -95,9 +98,8 @@ def _stage(r, name, h, example):
     if wrapper == "half_precision" and name in _DOUBLE:
         wrapper = None
     wrapped = WRAPPERS[wrapper](apply, r) if wrapper else apply
-    if wrapper in ("residual", "twice", "switch", "fori_loop", "scan_remat"):
-        if jax.eval_shape(apply, weights, h, example).shape != h.shape:
-            wrapper, wrapped = None, apply
+    if wrapper in _REPEATED and jax.eval_shape(apply, weights, h, example).shape != h.shape:
+        wrapper, wrapped = None, apply
     changes = {
         leaf: r.pick(*CHANGES) if w.ndim and r.pick(True, False) else None
         for leaf, w in weights.items()
@@ -119,6 +121,8 @@ def _stage(r, name, h, example):
 _LOSSES = {
     "squared": lambda z, e: jnp.sum((z - e["y"][: z.size]) ** 2),
     "softmax": lambda z, e: jax.nn.logsumexp(z) - z[e["ids"][0] % z.size],
-    "logistic": lambda z, e: jnp.mean(jax.nn.softplus(z) - z * (e["y"][: z.size] > 0).astype(z.dtype)),
+    "logistic": lambda z, e: jnp.mean(
+        jax.nn.softplus(z) - z * (e["y"][: z.size] > 0).astype(z.dtype)
+    ),
     "huber": lambda z, e: jnp.sum(jnp.sqrt(1 + (z - e["y"][: z.size]) ** 2)),
 }

@@ -1,10 +1,22 @@
-"""Random numbers, and derivative rules as users write their own."""
+"""What the parts share: random numbers, and derivative rules as users write their own.
+
+A part takes random numbers and the shape (t, d) of the activations; it returns the name of its
+form, its weights and a function ``(weights, activations, example) -> activations``. An example
+holds ``x`` of shape (t, d), ``y``, ``ids`` (four integers from 0 to 3) and the positive number
+``s``.
+"""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def form_of(r, forms):
+    """One of several ways to write the same, and its name for the report."""
+    name = r.pick(*forms)
+    return name, forms[name]
 
 
 class Draw:
@@ -47,9 +59,7 @@ def fused_tanh(x):
     return jnp.tanh(x)
 
 
-fused_tanh.defvjp(
-    lambda x: (jnp.tanh(x), jnp.tanh(x)), lambda y, g: (g * (1 - y**2),)
-)
+fused_tanh.defvjp(lambda x: (jnp.tanh(x), jnp.tanh(x)), lambda y, g: (g * (1 - y**2),))
 
 
 @jax.custom_vjp

@@ -1,234 +1,12 @@
-"""The parts of random programs, as users write them.
-
-A part takes random numbers and the shape (t, d) of the activations; it returns its weights and a
-function ``(weights, activations, example) -> activations``. An example holds ``x`` of shape (t, d),
-``ids`` (four integers from 0 to 3) and the positive number ``s``.
-"""
+"""Parts whose weights are looked up, scanned over, normalised or frozen, and parts without."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .rules import frozen_sigma, fused_dense
-
-PARTS = {}
+from .rules import form_of, frozen_sigma
 
 
-def part(function):
-    PARTS[function.__name__] = function
-    return function
-
-
-def _form(r, forms):
-    """One of several ways to write the same, and its name for the report."""
-    name = r.pick(*forms)
-    return name, forms[name]
-
-
-def _softmax_attention(q, k, v, mask=None):
-    scores = jnp.einsum("...qd,...kd->...qk", q, k) / 2
-    if mask is not None:
-        scores = jnp.where(mask, scores, -jnp.inf)
-    return jnp.einsum("...qk,...kd->...qd", jax.nn.softmax(scores, axis=-1), v)
-
-
-@part
-def dense(r, t, d):
-    form, product = _form(
-        r,
-        {
-            "matmul": lambda h, w: h @ w,
-            "transposed": lambda h, w: (w.T @ h.T).T,
-            "einsum": lambda h, w: jnp.einsum("td,do->to", h, w),
-            "vmap": lambda h, w: jax.vmap(lambda x: x @ w)(h),
-            "map": lambda h, w: jax.lax.map(lambda x: x @ w, h),
-            "rows": lambda h, w: jnp.stack([x @ w for x in h]),
-            "first_row": lambda h, w: (h[0] @ w)[None],
-            "flat": lambda h, w: h[:1] @ w + h[-1:] @ w[::-1],
-            "by_hand": lambda h, w: jnp.sum(h[:, :, None] * w[None], axis=1),
-            "columns": lambda h, w: jnp.stack([h @ w[:, i] for i in range(w.shape[1])], -1),
-            "fused": fused_dense,
-            "twice": lambda h, w: h @ w @ (w.T @ w),
-            "tied": lambda h, w: jnp.tanh(h @ w) @ w.T,
-        },
-    )
-    params = {"w": r(d, r.pick(2, 3)), "b": r(1)}
-    return form, params, lambda p, h, e: product(h, p["w"]) + p["b"][None]
-
-
-@part
-def einsum(r, t, d):
-    form, product = _form(
-        r,
-        {
-            "heads": lambda h, w: jnp.einsum("td,dhk->thk", h, w).reshape(len(h), -1),
-            "tensordot": lambda h, w: jnp.tensordot(h, w, 1).sum(-1),
-            "bilinear": lambda h, w: jnp.einsum("ti,ijk,tj->tk", h, w[:, :, None, 0], h),
-            "batched": lambda h, w: jnp.einsum("td,dhk->dtk", h, w).mean(0),
-            "block_diagonal": lambda h, w: jnp.einsum("td,dhk->tdk", h, w).reshape(len(h), -1)[
-                :, :3
-            ],
-            "trace": lambda h, w: h * jnp.einsum("iij->j", w[:2, :2])[None, :1],
-        },
-    )
-    sizes = (d, d, 1) if form == "bilinear" else (d, 2, 2)
-    return form, {"w": r(*sizes)}, lambda p, h, e: product(h, p["w"])
-
-
-@part
-def token_mixing(r, t, d):
-    form, product = _form(
-        r,
-        {
-            "left": lambda h, w: w @ h,
-            "einsum": lambda h, w: jnp.einsum("sd,st->td", h, w),
-            "toeplitz": lambda h, w: jnp.stack([jnp.roll(h, i, 0) * w[0, i] for i in range(t)]).sum(
-                0
-            ),
-            "quadratic": lambda h, w: h * jnp.einsum("ti,ts,si->i", h, w, h)[None],
-        },
-    )
-    return form, {"w": r(t, t)}, lambda p, h, e: product(h, p["w"])
-
-
-@part
-def conv(r, t, d):
-    o = 2 * d
-    kinds = {  # shape of the kernel (width, in, out) and the convolution's options
-        "same": ((2, d, 2), {}),
-        "explicit_padding": ((2, d, 2), {"padding": [(2, 1)]}),
-        "strided": ((2, d, 2), {"window_strides": (2,)}),
-        "dilated": ((2, d, 2), {"rhs_dilation": (2,)}),
-        "transposed": ((2, d, 2), {"lhs_dilation": (2,), "padding": [(1, 1)]}),
-        "depthwise": ((2, 1, o), {"feature_group_count": d}),
-        "flipped": ((2, d, 2), {"flip": True}),
-        "dilated_depthwise": ((2, 1, d), {"feature_group_count": d, "rhs_dilation": (2,)}),
-    }
-    kind = r.pick(*kinds)
-    shape, options = kinds[kind]
-    options = {"window_strides": (1,), "padding": "SAME"} | options
-    flip = options.pop("flip", False)
-
-    def apply(p, h, e):
-        w = p["w"][::-1] if flip else p["w"]
-        numbers = ("NWC", "WIO", "NWC")
-        out = jax.lax.conv_general_dilated(h[None], w, dimension_numbers=numbers, **options)
-        return out[0] + p["b"][None]
-
-    return kind, {"w": r(*shape), "b": r(1)}, apply
-
-
-@part
-def conv_other(r, t, d):
-    def general(lhs, rhs, numbers, strides=1, **options):
-        strides = (strides,) * (lhs.ndim - 2)
-        options = {"padding": "SAME"} | options
-        return jax.lax.conv_general_dilated(lhs, rhs, strides, dimension_numbers=numbers, **options)
-
-    image = ("NHWC", "HWIO", "NHWC")
-    form, (shape, apply) = _form(
-        r,
-        {
-            "image": ((2, 2, 1, 2), lambda w, h: general(h[None, :, :, None], w, image)[0].sum(-1)),
-            "image_strided": (
-                (2, 2, 1, 2),
-                lambda w, h: general(h[None, :, :, None], w, image, 2)[0].reshape(-1, 2),
-            ),
-            "channels_first": (
-                (2, 1, 2, 2),
-                lambda w, h: general(h[None, None], w, ("NCHW", "OIHW", "NCHW"))[0].mean(0),
-            ),
-            "grouped": (
-                (2, 1, 4),
-                lambda w, h: general(h[None, :, :2], w, ("NWC", "WIO", "NWC"), feature_group_count=2)[
-                    0
-                ],
-            ),
-            "batch_group": (
-                (2, 1, d),
-                lambda w, h: general(h.T[..., None], w, ("NWC", "WIO", "NWC"), batch_group_count=d)[0],
-            ),
-            "kernel_left": (
-                (2, 2, d),
-                lambda w, h: general(w, h[:, :, None], ("NWC", "WIO", "NWC"))[..., 0].T,
-            ),
-            "both": ((2, d, d), lambda w, h: general(h[None], w * h.mean(), ("NWC", "WIO", "NWC"))[0]),
-            "conv_transpose": (
-                (2, d, 2),
-                lambda w, h: jax.lax.conv_transpose(
-                    h[None], w, (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
-                )[0],
-            ),
-            "correlate": ((2,), lambda w, h: jax.vmap(lambda x: jnp.convolve(x, w))(h)),
-        },
-    )
-    return form, {"w": r(*shape)}, lambda p, h, e: apply(p["w"], h)
-
-
-@part
-def attention(r, t, d):
-    causal = jnp.asarray(np.tril(np.ones((t, t), bool)))
-
-    def jax_nn(q, k, v, **options):
-        with jax.numpy_dtype_promotion("standard"):  # it promotes
-            return jax.nn.dot_product_attention(q[:, None], k[:, None], v[:, None], **options)[:, 0]
-
-    def by_loop(q, k, v):
-        out = [jax.nn.softmax(k @ x, axis=-1) @ v for x in q]
-        return jnp.stack(out)
-
-    def flash(q, k, v):
-        """Online softmax: a scan over keys."""
-
-        def step(state, kv):
-            top, total, out = state
-            score = q @ kv[0]
-            new = jnp.maximum(top, score)
-            weight, old = jnp.exp(score - new), jnp.exp(top - new)
-            return (new, total * old + weight, out * old[:, None] + weight[:, None] * kv[1][None]), None
-
-        zeros = jnp.zeros_like(q[:, 0])
-        start = (zeros - 10, zeros, jnp.zeros((len(q), v.shape[1]), q.dtype))
-        (_, total, out), _ = jax.lax.scan(step, start, (k, v))
-        return out / total[:, None]
-
-    form, attend = _form(
-        r,
-        {
-            "by_hand": lambda q, k, v: jax.nn.softmax(q @ k.T, axis=-1) @ v,
-            "einsum": _softmax_attention,
-            "causal": lambda q, k, v: _softmax_attention(q, k, v, causal),
-            "jax_nn": jax_nn,
-            "jax_nn_causal": lambda q, k, v: jax_nn(q, k, v, is_causal=True),
-            "linear": lambda q, k, v: jax.nn.elu(q) @ (jax.nn.elu(k).T @ v),
-            "sigmoid": lambda q, k, v: jax.nn.sigmoid(q @ k.T) @ v,
-            "by_loop": by_loop,
-            "flash": flash,
-        },
-    )
-    params = {"q": r(d, 2), "k": r(d, 2), "v": r(d, 2)}
-    return form, params, lambda p, h, e: attend(h @ p["q"], h @ p["k"], h @ p["v"])
-
-
-@part
-def multi_head(r, t, d):
-    form = r.pick("fused", "einsum", "tied")
-
-    def apply(p, h, e):
-        if form == "fused":  # one matrix, split after the product
-            q, k, v = jnp.split(h @ p["qkv"].reshape(d, -1), 3, axis=-1)
-            q, k, v = (x.reshape(len(h), 2, 2).swapaxes(0, 1) for x in (q, k, v))
-        elif form == "einsum":
-            q, k, v = jnp.einsum("td,dchk->chtk", h, p["qkv"])
-        else:  # queries are the keys
-            q, _, v = jnp.einsum("td,dchk->chtk", h, p["qkv"])
-            k = q
-        return _softmax_attention(q, k, v).swapaxes(0, 1).reshape(len(h), -1)[:, :3]
-
-    return form, {"qkv": r(d, 3, 2, 2)}, apply
-
-
-@part
 def scan_const(r, t, d):
     form = r.pick("rnn", "reverse", "unrolled", "remat", "gru")
 
@@ -247,7 +25,6 @@ def scan_const(r, t, d):
     return form, {"w": r(d, 2), "u": r(2, 2)}, apply
 
 
-@part
 def scan_stacked(r, t, d):
     form = r.pick("layers", "layers_and_const", "reverse", "experts", "sliced")
 
@@ -266,7 +43,6 @@ def scan_stacked(r, t, d):
     return form, {"w": r(2, d, d), "b": r(1)}, apply
 
 
-@part
 def scan_carry(r, t, d):
     form = r.pick("fast_weights", "decayed", "descent", "associative")
 
@@ -290,7 +66,6 @@ def scan_carry(r, t, d):
     return form, {"w": r(d, d)}, apply
 
 
-@part
 def embedding(r, t, d):
     rows = lambda e: e["ids"][np.arange(t) % 4]  # noqa: E731
 
@@ -298,7 +73,7 @@ def embedding(r, t, d):
         taken = jnp.take(w[:3], rows(e), axis=0)
         return jnp.where((rows(e) < 3)[:, None], taken, 0)
 
-    form, look_up = _form(
+    form, look_up = form_of(
         r,
         {
             "index": lambda w, e: w[rows(e)],
@@ -318,7 +93,6 @@ def embedding(r, t, d):
     return form, {"w": r(4, d)}, lambda p, h, e: h + look_up(p["w"], e)[: len(h)]
 
 
-@part
 def tied_embedding(r, t, d):
     def apply(p, h, e):
         h = h + p["w"][e["ids"][np.arange(len(h)) % 4]]
@@ -327,13 +101,12 @@ def tied_embedding(r, t, d):
     return "logits", {"w": r(4, d)}, apply
 
 
-@part
 def experts(r, t, d):
     def top(p, h, e):
         gates, ids = jax.lax.top_k(jax.nn.softmax(h @ p["gate"], axis=-1), 1)
         return gates * jnp.einsum("td,tdo->to", h, p["w"][ids[:, 0]])
 
-    form, apply = _form(
+    form, apply = form_of(
         r,
         {
             "top_1": top,
@@ -341,22 +114,22 @@ def experts(r, t, d):
                 "te,td,edo->to", jax.nn.softmax(h @ p["gate"], axis=-1), h, p["w"]
             ),
             "routed": lambda p, h, e: h @ p["w"][e["ids"][0] % 2] * p["gate"].mean(),
-            "dynamic": lambda p, h, e: h @ jax.lax.dynamic_index_in_dim(
-                p["w"], e["ids"][1] % 2, keepdims=False
+            "dynamic": lambda p, h, e: (
+                h @ jax.lax.dynamic_index_in_dim(p["w"], e["ids"][1] % 2, keepdims=False)
             ),
         },
     )
     return form, {"w": r(2, d, 2), "gate": r(d, 2)}, apply
 
 
-@part
 def norm(r, t, d):
-    form, normalised = _form(
+    form, normalised = form_of(
         r,
         {
             "layer": lambda h: jax.nn.standardize(h, axis=-1, epsilon=0.1),
-            "layer_by_hand": lambda h: (h - h.mean(-1, keepdims=True))
-            / jnp.sqrt(h.var(-1, keepdims=True) + 0.1),
+            "layer_by_hand": lambda h: (
+                (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + 0.1)
+            ),
             "rms": lambda h: h * jax.lax.rsqrt(0.1 + jnp.mean(h**2, axis=-1, keepdims=True)),
             "group": lambda h: (h - h.mean()) / jnp.sqrt(0.1 + h.var()),
             "unit": lambda h: h / jnp.sqrt(0.1 + jnp.sum(h**2, axis=-1, keepdims=True)),
@@ -366,9 +139,8 @@ def norm(r, t, d):
     return form, params, lambda p, h, e: normalised(h) * p["scale"][None] + p["bias"][None]
 
 
-@part
 def normed_weight(r, t, d):
-    form, change = _form(
+    form, change = form_of(
         r,
         {
             "weight_norm": lambda w: w / jnp.linalg.norm(w, axis=0, keepdims=True),
@@ -382,17 +154,16 @@ def normed_weight(r, t, d):
     return form, params, lambda p, h, e: h @ (change(p["w"]) * p["g"][None])
 
 
-@part
 def spectrum(r, t, d):
-    form, mixed = _form(
+    form, mixed = form_of(
         r,
         {
             "mixing": lambda h, w: jnp.fft.fft2(h).real @ w,
             "mixing_after": lambda h, w: jnp.fft.fft(h @ w, axis=0).imag,
             "complex_input": lambda h, w: jnp.abs(jnp.fft.fft(h, axis=0) @ w.astype(complex)) ** 2,
             "complex_weight": lambda h, w: (
-                h.astype(complex) @ jax.lax.complex(w, w[::-1] ** 2)
-            ).real,
+                (h.astype(complex) @ jax.lax.complex(w, w[::-1] ** 2)).real
+            ),
             "filter": lambda h, w: jnp.fft.irfft(
                 jnp.fft.rfft(h, axis=0) * w[:1, :1].astype(complex), n=t, axis=0
             ),
@@ -404,12 +175,11 @@ def spectrum(r, t, d):
     return form, {"w": r(d, d)}, lambda p, h, e: mixed(h, p["w"])
 
 
-@part
 def linear_algebra(r, t, d):
     def positive(w):
         return w @ w.T + jnp.eye(d)
 
-    form, solved = _form(
+    form, solved = form_of(
         r,
         {
             "solve": lambda h, w: jnp.linalg.solve(w + 3 * jnp.eye(d), h.T).T,
@@ -425,7 +195,6 @@ def linear_algebra(r, t, d):
     return form, {"w": r(d, d)}, lambda p, h, e: solved(h, p["w"])
 
 
-@part
 def gated(r, t, d):
     def glu(p, h):
         a, b = jnp.split(h @ p["w"] + p["b"][None], 2, axis=-1)
@@ -439,13 +208,12 @@ def gated(r, t, d):
         scale, shift = p["w"].mean(0)[:1], p["b"][:1]
         return (1 + scale[None]) * h + shift[None]
 
-    form, apply = _form(r, {"glu": glu, "highway": highway, "film": film})
+    form, apply = form_of(r, {"glu": glu, "highway": highway, "film": film})
     return form, {"w": r(d, 4), "b": r(4)}, lambda p, h, e: apply(p, h)
 
 
-@part
 def scalars(r, t, d):
-    form, apply = _form(
+    form, apply = form_of(
         r,
         {
             "scale": lambda h, s, e: s * h,
@@ -460,9 +228,8 @@ def scalars(r, t, d):
     return form, {"s": r()}, lambda p, h, e: apply(h, p["s"], e)
 
 
-@part
 def factors(r, t, d):
-    form, weight = _form(
+    form, weight = form_of(
         r,
         {
             "low_rank": lambda a, b: jnp.outer(a, b),
@@ -476,7 +243,6 @@ def factors(r, t, d):
     return form, {"a": r(d), "b": r(2)}, lambda p, h, e: h @ weight(p["a"], p["b"])
 
 
-@part
 def frozen(r, t, d):
     def stopped_loop(h, w):
         """A normaliser found by a loop that JAX cannot differentiate backwards."""
@@ -491,7 +257,7 @@ def frozen(r, t, d):
         seen = jax.pure_callback(np.sign, result, fixed, vmap_method="expand_dims")
         return h @ w * seen
 
-    form, apply = _form(
+    form, apply = form_of(
         r,
         {
             "stop_gradient": lambda h, w: h + jax.lax.stop_gradient(h @ w),
@@ -508,9 +274,8 @@ def frozen(r, t, d):
     return form, {"w": r(d, d)}, lambda p, h, e: apply(h, p["w"])
 
 
-@part
 def empty(r, t, d):
-    form, apply = _form(
+    form, apply = form_of(
         r,
         {
             "rows": lambda p, h: h + p["none"].sum(0)[None],
@@ -523,9 +288,8 @@ def empty(r, t, d):
     return form, {"none": r(0, d), "w": r(d, d)}, lambda p, h, e: apply(p, h)
 
 
-@part
 def unused(r, t, d):
-    form, apply = _form(
+    form, apply = form_of(
         r,
         {
             "never": lambda p, h: h,
@@ -537,13 +301,12 @@ def unused(r, t, d):
     return form, {"w": r(d, d)}, lambda p, h, e: apply(p, h)
 
 
-@part
 def pooling(r, t, d):
     def window(h, start, combine, **options):
         sizes = {"window_dimensions": (2, 1), "window_strides": (1, 1), "padding": "SAME"}
         return jax.lax.reduce_window(h, np.asarray(start, h.dtype), combine, **sizes | options)
 
-    form, pooled = _form(
+    form, pooled = form_of(
         r,
         {
             "max": lambda h: window(h, -np.inf, jax.lax.max),
@@ -566,3 +329,27 @@ def pooling(r, t, d):
         },
     )
     return form, {"w": r(d)}, lambda p, h, e: pooled(h * p["w"][None])
+
+
+PARTS = {
+    part.__name__: part
+    for part in (
+        scan_const,
+        scan_stacked,
+        scan_carry,
+        embedding,
+        tied_embedding,
+        experts,
+        norm,
+        normed_weight,
+        spectrum,
+        linear_algebra,
+        gated,
+        scalars,
+        factors,
+        frozen,
+        empty,
+        unused,
+        pooling,
+    )
+}

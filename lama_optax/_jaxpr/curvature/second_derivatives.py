@@ -147,6 +147,7 @@ class _Evaluation:
         self._rules: dict[Any, DerivativeRule] = {}
         self._near = _near_products(self._jaxpr, moving)
         self._inputs: list[list[Any]] = []
+        befores = {entry.after: entry.before for entry in entries}
         backwards: list[tuple[OneEquation, Callable[..., Any], list[jax.Array]]] = []
 
         def equation(jaxpr: Any, eqn: Any, ins: list[Any]) -> list[Any]:
@@ -158,7 +159,9 @@ class _Evaluation:
                 lambda at: one.at(ins, at), one.moved(ins), has_aux=True
             )
             backwards.append((one, pull_back, values))
-            return outs
+            entry = befores.get(eqn.outvars[0])
+            # At t = 0 both have one value; this one does not wait for the perturbation.
+            return outs if entry is None else [ins[eqn.invars.index(entry)]]
 
         self.value, *at_entries = interpret(closed, args, equation)
         self._entries = {

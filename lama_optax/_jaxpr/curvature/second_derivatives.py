@@ -157,7 +157,7 @@ class _Evaluation:
 
         self.value, *at_entries = interpret(closed, args, equation)
         self._entries = {
-            entry.after: (entry, square)
+            entry.after: (entry, square.astype(self._dtype))
             for entry, square in zip(entries, at_entries[2::3], strict=True)
         }
         self._gradient = _gradient(result, self.value, backwards)

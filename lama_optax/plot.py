@@ -116,7 +116,7 @@ def plot_report(
         figure.supylabel(_LABELS.get(quantity, quantity.replace("_", " ")), fontsize=9)
         figure.supxlabel("step", fontsize=9)
         if path is not None:
-            figure.savefig(path, dpi=120)
+            figure.savefig(path, dpi=110)
             plt.close(figure)
     return figure
 

@@ -13,6 +13,7 @@ from lama_optax import (
     CurvatureState,
     LayerCurvature,
     exact_trace,
+    fisher,
     flipout,
     hutchinson,
     layer_curvature,
@@ -33,7 +34,7 @@ class KeyEstimator(NamedTuple):
 
     default: float = 1.0
 
-    def estimate(self, key, params, layers, *, factor=None, **extra_args):
+    def estimate(self, key, params, layers, /, *, factor=None, **extra_args):
         del params, extra_args
         factor = self.default if factor is None else factor
         mean = factor * jax.random.uniform(key, (len(layers.names),), layers.dtype)
@@ -146,7 +147,9 @@ def test_different_keys_draw_different_probes():
 
 def test_extra_arguments_reach_the_estimator_by_name_and_others_are_ignored():
     tx = tracker(KeyEstimator())
-    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, factor=2.0, loss_scale=3, batch=None)
+    _, state = tx.update(
+        GRADS, tx.init(PARAMS), PARAMS, factor=2.0, key=3, layers="leaf", batch=None
+    )
     expected = 2 * key_curvature(jax.random.key(0), 0, 2)  # exact: a power of two
     assert state.curvature.tolist() == expected.tolist()
 
@@ -284,6 +287,25 @@ def test_interval_holds_the_whole_data_sets_curvature(make, estimator):
     held = jax.jit(lambda keys: jax.lax.map(run, keys, batch_size=20))(keys)
     assert (held.mean(0) >= 0.9).all(), held.mean(0)
     assert (held.mean(0) <= 0.98).all(), held.mean(0)
+
+
+@pytest.mark.parametrize("estimator", [hutchinson(1), fisher()], ids=["hutchinson", "fisher"])
+def test_layers_of_more_than_2_to_the_31_parameters(estimator):
+    """80 scanned blocks of a 70-billion-parameter network, by shapes alone."""
+    params = {"blocks": {"up": jax.ShapeDtypeStruct((80, 8192, 28672), jnp.bfloat16)}}
+
+    def losses(p, key=None):
+        return jnp.tanh(p["blocks"]["up"][0, :2].astype(jnp.float32))
+
+    def step(p):
+        tx = tracker(estimator)
+        task = {"value_fn": lambda p: jnp.sum(losses(p)), "sampled_losses_fn": losses}
+        state = tx.update(p, tx.init(p), p, **task)[1]
+        return state, layer_curvature(p, 0, estimator=estimator, **task)
+
+    state, found = jax.eval_shape(step, params)
+    assert state.curvature.shape == (1,)
+    assert found.size.dtype == jnp.float32
 
 
 # Devices.

@@ -26,7 +26,6 @@ from lama_optax import (
     stacked,
 )
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 DEPTH, WIDTH = 3, 2
 LAYERS = stacked("blocks")

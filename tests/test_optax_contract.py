@@ -14,14 +14,12 @@ import optax
 import pytest
 
 from lama_optax import (
-    LamaState,
     exact_trace,
     hutchinson,
     lam,
     lam_scale,
     lama_adam,
     lama_scale,
-    layer_curvature,
 )
 
 # The exact trace compiles in a third of the time that random probes take.

@@ -26,7 +26,6 @@ from lama_optax import (
     stacked,
 )
 
-
 DEPTH, WIDTH = 3, 2
 LAYERS = stacked("blocks")
 # Double precision; 12 steps of Adam's m/sqrt(v) enlarge roundings of 1e-15 by less than 1e4.

@@ -5,6 +5,7 @@ in the order in which their first leaf appears in the flattened parameters.
 """
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -262,9 +263,11 @@ def check_structure(name: str, tree: PyTree, expected: PyTree) -> None:
 
 def _labels(layers: LayerSpec, params: PyTree) -> Sequence[Hashable]:
     labels = layers(params) if callable(layers) else layers
-    if isinstance(labels, str):
+    if isinstance(labels, str | int | np.integer | jax.Array):
         raise ValueError(
             f"layers must return a tree of labels shaped like params; it returned {labels!r}."
+            " optax.inject_hyperparams calls functions as schedules: let it be static,"
+            " optax.inject_hyperparams(lama_adam, static_args='layers')(..., layers=function)."
         )
     matched = match_to_params("layers", labels, params)
     for label in matched:
@@ -275,18 +278,36 @@ def _labels(layers: LayerSpec, params: PyTree) -> Sequence[Hashable]:
 
 def _check_floating(paths: Sequence[tuple[Any, ...]], leaves: Sequence[Any]) -> None:
     for path, leaf in zip(paths, leaves, strict=True):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        # JAX takes a dtype's name for a dtype: "float32" is no array.
+        dtype = None
+        with contextlib.suppress(TypeError):
+            dtype = None if isinstance(leaf, str | type | np.dtype) else jnp.result_type(leaf)
+        if dtype is None:
+            found = f"{leaf!r}, no array"
             remedy = (
-                "wrap the optimizer in optax.contrib.split_real_and_imaginary, value_fn bound by"
-                " functools.partial(tx.update, value_fn=...)"
-                if jnp.issubdtype(dtype, jnp.complexfloating)
-                else "leave it out of params, or mask it with optax.masked"
+                "keep arrays alone; of an Equinox module take params, static ="
+                " eqx.partition(model, eqx.is_inexact_array)"
             )
-            raise ValueError(
-                "params must hold real floating-point arrays; the leaf"
-                f" params{jax.tree_util.keystr(path)} is {dtype}: {remedy}."
+        elif jnp.issubdtype(dtype, jnp.floating):
+            continue
+        elif jnp.issubdtype(dtype, jnp.complexfloating):
+            found = f"{dtype}"
+            remedy = (
+                "keep its real and its imaginary part as two leaves, and join them in the loss,"
+                " jax.lax.complex(real, imag) (optax.contrib.split_real_and_imaginary splits the"
+                " params that value_fn is called with)"
             )
+        else:
+            found = f"{dtype}"
+            remedy = (
+                "keep what is not trained out of params, and let the loss close over it: value_fn ="
+                " lambda trained: loss_fn({**frozen, **trained}). optax.masked would hide it from"
+                " value_fn too"
+            )
+        raise ValueError(
+            "params must hold real floating-point arrays; the leaf"
+            f" params{jax.tree_util.keystr(path)} is {found}: {remedy}."
+        )
 
 
 def _open_boxes(paths: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

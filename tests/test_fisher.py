@@ -244,18 +244,52 @@ def test_half_precision(dtype):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_batch(kind):
+@pytest.mark.parametrize("what", ["batch", "params"])
+def test_sharded_arrays(what, kind):
     """Under jit, arrays over eight devices give what one device gives."""
-    params, apply_fn, inputs, targets = networks.mlp(n=16)
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(16, 8)) / 4, jnp.float32)}
+    inputs = jnp.asarray(rng.normal(size=(16, 16)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 8, 16))
 
-    def curvature(x, y):
-        return layer_curvature(params, 0, estimator=fisher(2), **supervised(apply_fn, x, y)).mean
+    def apply_fn(p, x):
+        # With explicit axes it is the user who says how what contracts over a sharded axis is laid
+        # out.
+        layout = {"out_sharding": P("data" if what == "batch" else None)} if use_layout else {}
+        return jnp.einsum("bi,io->bo", x, p["w"], **layout)
 
-    expected = curvature(inputs, targets)
+    def curvature(params, x, y):
+        task = supervised(apply_fn, x, y)
+        return layer_curvature(params, 0, estimator=fisher(2), **task).mean
+
+    use_layout = False
+    expected = curvature(params, inputs, targets)
+    use_layout = kind == AxisType.Explicit
     with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(kind,))):
         sharding = NamedSharding(jax.sharding.get_mesh(), P("data"))
-        found = jax.jit(curvature)(*jax.device_put((inputs, targets), sharding))
+        if what == "batch":
+            inputs, targets = jax.device_put((inputs, targets), sharding)
+        else:
+            params = jax.device_put(params, sharding)
+        found = jax.jit(curvature)(params, inputs, targets)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_scanned_network_of_80_layers_is_traced_once():
+    """As many equations for 80 blocks as for 2: so it is traced and compiled in the same time."""
+
+    def equations(depth):
+        params = {"blocks": jnp.ones((depth, 4, 4)), "out": jnp.ones((4, 3))}
+
+        def apply_fn(p, x):
+            return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["blocks"])[0] @ p["out"]
+
+        task = supervised(apply_fn, jnp.ones((2, 4)), jnp.zeros(2, jnp.int32))
+        tx = track_curvature(fisher(), layers=stacked("blocks"))
+        step = lambda p: tx.update(p, tx.init(p), p, **task)  # noqa: E731
+        return str(jax.make_jaxpr(step)(params)).count(" = ")
+
+    assert equations(80) == equations(2)
 
 
 def test_devices_estimate_from_their_own_part_and_draws(x64):

@@ -14,6 +14,8 @@ from nbclient import NotebookClient
 
 import lama_optax
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("*.py"))
 STORED = sorted(NOTEBOOKS.glob("*.ipynb"))

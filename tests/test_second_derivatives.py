@@ -118,8 +118,7 @@ FUNCTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mapped", [False, True], ids=["alone", "vmapped"])
-@pytest.mark.parametrize("fn", FUNCTIONS)
+@pytest.mark.parametrize(("fn", "mapped"), [(layers, False), *((fn, True) for fn in FUNCTIONS)])
 def test_they_are_those_of_the_hessian(fn, mapped):
     zeros = [jnp.zeros(())] * 3
 

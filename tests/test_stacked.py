@@ -26,8 +26,6 @@ from lama_optax import (
     stacked,
 )
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 DEPTH, WIDTH = 3, 2
 LAYERS = stacked("blocks")
 # Double precision; 12 steps of Adam's m/sqrt(v) enlarge roundings of 1e-15 by less than 1e4.

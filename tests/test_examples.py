@@ -70,5 +70,6 @@ def test_one_word_changes_the_estimator(tmp_path, monkeypatch):
             assert names(row, "curvature") == LAYERS["plain"]
         first[estimator] = [rows[0][f"curvature/{name}"] for name in sorted(LAYERS["plain"])]
     assert first["gauss_newton"] == pytest.approx(first["exact_trace"], rel=1e-4)
-    # Estimates: other numbers, so it is not one estimator that ran five times.
-    assert len({tuple(values) for values in first.values()}) == 5
+    # Estimates are other numbers: it is not one estimator that ran five times.
+    others = [first[name] for name in ("fisher", "hutchinson", "flipout", "exact_trace")]
+    assert len({tuple(values) for values in others}) == 4

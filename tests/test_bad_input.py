@@ -167,7 +167,7 @@ def test_value_fn_that_is_a_value():
 
 @pytest.mark.parametrize("bad", [nan, inf])
 def test_loss_that_is_not_finite_leaves_a_finite_state(bad):
-    tx = lama_scale(estimator=exact_trace())
+    tx = lama_scale(estimator=exact_trace(), update_interval=1)
 
     @jax.jit
     def step(state, factor):
@@ -216,7 +216,7 @@ def test_curvature_that_is_not_finite_while_the_gradients_are():
 
     grads = jax.grad(value_fn)(params)
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
-    tx = lama_scale(estimator=exact_trace())
+    tx = lama_scale(estimator=exact_trace(), update_interval=1)
     updates, state = jax.jit(functools.partial(tx.update, value_fn=value_fn))(
         grads, tx.init(params), params
     )

@@ -151,7 +151,7 @@ def test_weight_decay_mask_of_lama_adam():
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
-def test_alpha_of_one_is_adam_to_the_bit(x64, dtype, jitted):
+def test_alpha_of_one_is_adam_to_the_bit(x64, optimized, dtype, jitted):
     rng = np.random.default_rng(3)
     params = {
         "w": jnp.asarray(rng.normal(size=(4, 3)), dtype),

@@ -241,6 +241,7 @@ LAMA_NUMBERS = {
     "b1": 0.5,
     "b2": 0.5,
     "eps": 1.0,
+    "eps_root": 1.0,
     "alpha_min": 0.9,
     "alpha_max": 1.05,
     "sensitivity": -0.1,
@@ -330,7 +331,7 @@ def test_inject_hyperparams_with_half_precision_parameters(name, dtype):
 def test_inject_hyperparams_with_a_key(make_key):
     tx = optax.inject_hyperparams(lama_scale)(key=make_key())
     state = jax.jit(tx.init)(PARAMS)
-    assert state.inner_state.key.tolist() == jax.random.PRNGKey(3).tolist()
+    assert state.inner_state.tracker.key.tolist() == jax.random.PRNGKey(3).tolist()
 
 
 @pytest.mark.standard_promotion

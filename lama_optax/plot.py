@@ -99,13 +99,15 @@ def plot_report(
     rows = [row for row in history if "step" in row]
     keys = dict.fromkeys(key for row in rows for key in row if "/" in key)
     names = [key.removeprefix(f"{quantity}/") for key in keys if key.startswith(f"{quantity}/")]
-    if not names:
+    series = [_Series(rows, quantity, name) for name in names]
+    series = [one for one in series if np.isfinite(one.values).any()]
+    if not series:
         found = sorted({key.split("/")[0] for key in keys})
         raise ValueError(
-            f"history must hold rows with 'step' and '{quantity}/NAME', as layer_report(state,"
-            f" params, flat=True) gives them; got {len(rows)} rows with the quantities {found}."
+            f"history must hold rows with 'step' and finite '{quantity}/NAME', as layer_report("
+            f"state, params, flat=True) gives them; got {len(rows)} rows with the quantities"
+            f" {found}."
         )
-    series = [_Series(rows, quantity, name) for name in names]
     with plt.rc_context(_STYLE):
         figure = _one_panel(series) if len(series) <= _FEW else _panels(series)
         _set_scale(figure.axes[0], series)

@@ -92,7 +92,12 @@ def test_another_quantity_and_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "found"), [([], r"0 rows"), ([{"step": 1, "alpha/a": 1.0}], r"1 rows.*\['alpha'\]")]
+    ("rows", "found"),
+    [
+        ([], r"0 rows"),
+        ([{"step": 1, "alpha/a": 1.0}], r"1 rows.*\['alpha'\]"),
+        ([{"step": 1, "curvature/a": None}], r"1 rows.*\['curvature'\]"),
+    ],
 )
 def test_history_without_the_quantity(rows, found):
     with pytest.raises(ValueError, match=rf"history must hold.*'curvature/NAME'.*{found}"):

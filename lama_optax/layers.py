@@ -245,6 +245,8 @@ def _hide_masked(tree: PyTree, params: PyTree) -> PyTree:
 def check_structure(name: str, tree: PyTree, expected: PyTree) -> None:
     """Raises `ValueError` unless ``tree`` has the structure and the shapes of ``expected``."""
     structure: Any = jax.tree.structure(tree)
+    if tree is None and structure != jax.tree.structure(expected):
+        raise ValueError(f"{name} is missing: call tx.update(grads, state, params, value_fn=...).")
     if structure != jax.tree.structure(expected):
         raise ValueError(
             f"{name} must have the structure that `init` saw, {jax.tree.structure(expected)}; got"

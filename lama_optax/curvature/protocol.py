@@ -1,4 +1,4 @@
-"""What an estimator is, what it returns, and how to call one outside an optimizer."""
+"""What an estimator is, what it returns, and what it checks of its arguments."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lama_optax._jaxpr.interpret import names_in
-from lama_optax.layers import Layers, LayerSpec, is_masked, resolve_layers
+from lama_optax.layers import Layers, is_masked
 
 PyTree = Any
 
@@ -21,12 +21,20 @@ class LayerCurvature(NamedTuple):
     size: jax.Array  # shape=(L,); number of parameters N_l, int32 (`mean.dtype` from 2^31 on)
 
     @classmethod
-    def from_trace(cls, layers: Layers, trace: jax.Array, std_error: jax.Array) -> "LayerCurvature":
-        """From each layer's trace, shape (L,), and the trace's standard error (Eq. 8)."""
+    def from_trace(
+        cls, layers: Layers, trace: jax.Array, std_error: jax.Array | None
+    ) -> "LayerCurvature":
+        """From each layer's trace, shape (L,), and the trace's standard error, None if unknown."""
+        mean = layers.average(trace)
+        if std_error is None:
+            # From numpy: `jax.debug_nans` looks for NaN in what JAX computes.
+            error = jnp.asarray(np.full(mean.shape, np.nan, mean.dtype))
+        else:
+            error = layers.average(std_error)
         fits = max(layers.sizes, default=0) < 2**31
         dtype = jnp.int32 if fits else layers.dtype
         size = jnp.asarray(np.asarray(layers.sizes, np.int64 if fits else np.float64), dtype)
-        return cls(layers.average(trace), layers.average(std_error), size)
+        return cls(mean, error, size)
 
 
 @runtime_checkable
@@ -50,48 +58,6 @@ class Estimator(Protocol):
             was given to rescale; an estimator names what it needs and ignores the rest.
         """
         ...
-
-
-def layer_curvature(
-    params: PyTree,
-    key: int | jax.Array,
-    *,
-    estimator: Estimator,
-    layers: LayerSpec = "module",
-    **estimator_args: Any,
-) -> LayerCurvature:
-    """Estimates each layer's average curvature outside an optimizer.
-
-    Args:
-      params: pytree of real floating-point arrays, any mixture of dtypes.
-      key: a seed or a PRNG key.
-      estimator: for instance `hutchinson` or `exact_trace`.
-      layers: what one layer is, see `layer_names`.
-      **estimator_args: what the estimator needs, by name: ``value_fn`` for those above.
-
-    Returns:
-      A `LayerCurvature` of three ``(L,)`` arrays, in the order of `layer_names`. The trace of
-      a layer's Hessian block is ``mean * size``, its standard error ``std_error * size``.
-
-    Raises:
-      ValueError: if an argument of the estimator is missing, or ``params`` has a leaf that is
-        not real floating point.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from lama_optax import exact_trace, hutchinson, layer_curvature
-      >>> params = {"a": jnp.ones(3), "b": jnp.ones(2)}
-      >>> loss = lambda p: jnp.sum(p["a"] ** 2) + 2 * jnp.sum(p["b"] ** 2)
-      >>> layer_curvature(params, 0, estimator=exact_trace(), value_fn=loss).mean.tolist()
-      [2.0, 4.0]
-      >>> estimate = layer_curvature(params, 0, estimator=hutchinson(), value_fn=loss)
-      >>> estimate.mean.tolist(), estimate.std_error.tolist(), estimate.size.tolist()
-      ([2.0, 4.0], [0.0, 0.0], [3, 2])
-    """
-    check_estimator(estimator)
-    return estimator.estimate(
-        as_typed_key(key), params, resolve_layers(layers, params), **estimator_args
-    )
 
 
 def check_estimator(estimator: Any) -> None:
@@ -122,12 +88,11 @@ def as_typed_key(key: int | jax.Array) -> jax.Array:
     )
 
 
-def standard_error(samples: jax.Array) -> jax.Array:
-    """Of the mean of independent samples (K, ...), shape (...); NaN from one sample."""
+def standard_error(samples: jax.Array) -> jax.Array | None:
+    """Of the mean of independent samples (K, ...), shape (...); one sample has none."""
     num_samples = samples.shape[0]
     if num_samples == 1:
-        # From numpy: `jax.debug_nans` looks for NaN in what JAX computes.
-        return jnp.asarray(np.full(samples.shape[1:], np.nan, samples.dtype))
+        return None
     return jnp.std(samples, axis=0, ddof=1) / jnp.sqrt(jnp.asarray(num_samples, samples.dtype))
 
 
@@ -146,13 +111,46 @@ def check_batch(batch: PyTree) -> int:
     return lengths.pop()[0]
 
 
-def of_each_device(tree: PyTree, like: jax.Array) -> PyTree:
-    """``tree``, which in `jax.shard_map` may differ between devices if ``like`` may.
+def of_each_device(tree: PyTree, like: PyTree) -> PyTree:
+    """``tree``, which in `jax.shard_map` may differ between devices if an array of ``like`` may.
 
     JAX sums a derivative by what all devices share over them; an example's is its device's own.
     """
-    zero = jnp.zeros_like(jnp.sum(like))
+    numbers = [x for x in jax.tree.leaves(like) if jnp.isdtype(x.dtype, ("numeric", "bool"))]
+    zero = sum((jnp.zeros_like(jnp.sum(x), jnp.float32) for x in numbers), jnp.float32(0))
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
+
+
+def check_visible(name: str, params: PyTree) -> None:
+    """Raises `ValueError` if a part of ``params`` is hidden, so that ``name`` cannot be called."""
+    if any(is_masked(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_masked)):
+        raise ValueError(
+            f"{name} cannot be evaluated here: optax.masked or optax.partition has hidden a part"
+            " of params (MaskedNode). Estimate on the whole params and pass the result, shaped like"
+            " params, as curvature=: c = layer_curvature(params, key, estimator=hutchinson(),"
+            " layers='leaf', value_fn=...); tx.update(grads, state, params,"
+            " curvature=jax.tree.unflatten(jax.tree.structure(params), c.mean))."
+        )
+
+
+def unreduced(name: str, out: Any) -> tuple[jax.Array, jax.Array | None]:
+    """The losses and the weights, None for equal ones, that the function ``name`` returned.
+
+    Raises:
+      ValueError: if they are not what a function of losses, not reduced, returns.
+    """
+    losses, weights = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
+    shape, is_array = jnp.shape(losses), jax.tree_util.all_leaves([losses])
+    if not is_array or not shape or not jnp.issubdtype(jnp.result_type(losses), jnp.floating):
+        raise ValueError(
+            f"{name} must return the losses of all predictions, not reduced (without jnp.mean), or"
+            f" (losses, weights); got {jax.tree.map(jnp.shape, out)}."
+        )
+    if weights is not None and jnp.shape(weights) != shape:
+        raise ValueError(
+            f"{name} must return weights of the losses' shape {shape}; got {jnp.shape(weights)}."
+        )
+    return jnp.asarray(losses), None if weights is None else jnp.asarray(weights)
 
 
 def scalar_objective(
@@ -174,14 +172,7 @@ def scalar_objective(
         )
     if not callable(value_fn):
         raise ValueError(f"value_fn must be a function of params; got {value_fn!r}.")
-    if any(is_masked(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_masked)):
-        raise ValueError(
-            "value_fn cannot be evaluated here: optax.masked or optax.partition has hidden a part"
-            " of params (MaskedNode). Estimate on the whole params and pass the result, shaped like"
-            " params, as curvature=: c = layer_curvature(params, key, estimator=hutchinson(),"
-            " layers='leaf', value_fn=...); tx.update(grads, state, params,"
-            " curvature=jax.tree.unflatten(jax.tree.structure(params), c.mean))."
-        )
+    check_visible("value_fn", params)
 
     def objective(p: PyTree) -> jax.Array:
         try:

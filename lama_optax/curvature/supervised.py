@@ -1,12 +1,210 @@
-"""One objective over several micro-batches, for gradients and curvature alike."""
+"""The functions of params that estimators ask for, made from a model and a batch."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.tree_util import Partial
+
+from lama_optax._checks import check_word
+from lama_optax.curvature.protocol import check_batch
 
 PyTree = Any
+ApplyFn = Callable[[PyTree, PyTree], jax.Array]
+
+
+def _bernoulli(key: jax.Array, outputs: jax.Array) -> jax.Array:
+    return jax.random.bernoulli(key, jax.nn.sigmoid(outputs)).astype(outputs.dtype)
+
+
+def _gaussian(key: jax.Array, outputs: jax.Array) -> jax.Array:
+    # (z - y)^2 is -log of a normal density of variance 1/2, but for a constant.
+    return outputs + jax.random.normal(key, outputs.shape, outputs.dtype) * 0.5**0.5
+
+
+def _squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.square(outputs - targets.astype(outputs.dtype))
+
+
+def _sigmoid_binary_cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    return optax.losses.sigmoid_binary_cross_entropy(outputs, targets.astype(outputs.dtype))
+
+
+# Of each loss: the losses of predictions, from outputs and targets; targets drawn from outputs.
+_LOSSES: dict[str, tuple[Callable[..., jax.Array], Callable[..., jax.Array]]] = {
+    "softmax_cross_entropy": (
+        optax.losses.softmax_cross_entropy_with_integer_labels,
+        jax.random.categorical,
+    ),
+    "sigmoid_binary_cross_entropy": (_sigmoid_binary_cross_entropy, _bernoulli),
+    "squared_error": (_squared_error, _gaussian),
+}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["batch"],
+    meta_fields=["apply_fn", "loss"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """A model and a batch; a pytree, so that one compilation serves all batches."""
+
+    apply_fn: ApplyFn
+    loss: str
+    # "inputs" and "targets", and where there are any, "weights"
+    batch: dict[str, PyTree]
+
+    def value(self, params: PyTree) -> jax.Array:
+        losses, weights = self.losses_and_weights(self.outputs(params), self.batch)
+        if weights is None:
+            return jnp.mean(losses)
+        return jnp.sum(weights * losses) / jnp.sum(weights)
+
+    def losses(self, params: PyTree) -> Any:
+        return self._returned(self.outputs(params), self.batch)
+
+    def sampled_losses(self, params: PyTree, key: jax.Array) -> Any:
+        outputs = self.outputs(params)
+        drawn = _LOSSES[self.loss][1](key, jax.lax.stop_gradient(outputs))
+        return self._returned(outputs, self.batch | {"targets": drawn})
+
+    def example_value(self, params: PyTree, example: PyTree) -> jax.Array:
+        return self.output_loss(self.example_outputs(params, example), example)
+
+    def example_outputs(self, params: PyTree, example: PyTree) -> jax.Array:
+        return self.apply_fn(params, jax.tree.map(lambda x: x[None], example["inputs"]))[0]
+
+    def output_loss(self, outputs: jax.Array, example: PyTree) -> jax.Array:
+        losses, weights = self.losses_and_weights(outputs, example)
+        return jnp.mean(losses if weights is None else weights * losses)
+
+    def outputs(self, params: PyTree) -> jax.Array:
+        return self.apply_fn(params, self.batch["inputs"])
+
+    def losses_and_weights(
+        self, outputs: jax.Array, batch: PyTree
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The losses of predictions, and weights of their shape."""
+        targets, weights = batch["targets"], batch.get("weights")
+        expected = outputs.shape[:-1] if self.loss == "softmax_cross_entropy" else outputs.shape
+        if jnp.shape(targets) != expected:
+            raise ValueError(
+                f"targets must have the shape {expected} for the loss {self.loss!r} of outputs of"
+                f" shape {outputs.shape}; got {jnp.shape(targets)}."
+            )
+        losses = _LOSSES[self.loss][0](outputs, targets)
+        if weights is None:
+            return losses, None
+        weights = weights.reshape(*weights.shape, *[1] * (losses.ndim - weights.ndim))
+        return losses, jnp.broadcast_to(weights.astype(losses.dtype), losses.shape)
+
+    def _returned(self, outputs: jax.Array, batch: PyTree) -> Any:
+        losses, weights = self.losses_and_weights(outputs, batch)
+        return losses if weights is None else (losses, weights)
+
+    def by_example(self) -> dict[str, PyTree]:
+        """The batch with weights whose product with the losses has the value as its mean."""
+        if "weights" not in self.batch:
+            return self.batch
+        weights = self.batch["weights"]
+        return self.batch | {"weights": weights / jnp.mean(weights)}
+
+
+def supervised(
+    apply_fn: ApplyFn,
+    inputs: PyTree,
+    targets: jax.Array,
+    *,
+    loss: str = "softmax_cross_entropy",
+    weights: jax.Array | None = None,
+) -> dict[str, Any]:
+    r"""Makes every argument that an estimator may ask for, from one model and one batch.
+
+    The loss is the mean over predictions, :math:`L(\theta) = \sum_i w_i \ell(z_i(\theta), y_i) /
+    \sum_i w_i`, with weights 1 unless others are given. A prediction is an entry of ``targets``; an
+    example is a row, along the leading axis.
+
+    Args:
+      apply_fn: ``apply_fn(params, inputs) -> outputs``, such as
+        ``lambda params, x: model.apply({"params": params}, x)``. Hand in the same function at every
+        call: `jax.jit` compiles anew for another one.
+      inputs: array, or a pytree of arrays, with n examples along the leading axis.
+      targets: for ``"softmax_cross_entropy"`` integers of the outputs' shape without the last axis,
+        (n,) or for sequences (n, t); for ``"sigmoid_binary_cross_entropy"`` numbers in [0, 1] and
+        for ``"squared_error"`` any, of the outputs' shape.
+      loss: one of these three; the squared error is :math:`(z - y)^2`. Each is -log of a
+        predictive distribution (categorical, Bernoulli, normal with variance 1/2), from which
+        ``sampled_losses_fn`` draws.
+      weights: at least 0, of the targets' shape or of its leading axes: 0 for padding.
+
+    Returns:
+      A dict for ``tx.update(grads, state, params, **task)``, ``layer_curvature(..., **task)`` and
+      ``batches=``. Each entry is a plain function or array, which you may replace by your own:
+
+      * ``value_fn(params)``: the loss, for the gradient and for `hutchinson` and `exact_trace`;
+      * ``losses_fn(params)``: the losses of predictions, not reduced, or ``(losses, weights)``;
+      * ``sampled_losses_fn(params, key)``: the same with targets drawn from the outputs, for
+        `fisher`;
+      * ``example_value_fn(params, example)`` and ``batch``: the loss of one example and all
+        examples, for `flipout`;
+      * ``example_output_fn(params, example)`` and ``output_loss_fn(outputs, example)``: the outputs
+        of one example and their loss, for `gauss_newton`.
+
+    Raises:
+      ValueError: naming the argument, what came and what is allowed.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from lama_optax import exact_trace, gauss_newton, layer_curvature, supervised
+      >>> apply_fn = lambda params, x: x @ params["w"]
+      >>> x, y = jax.random.normal(jax.random.key(0), (8, 2)), jnp.arange(8) % 3
+      >>> task = supervised(apply_fn, x, y, loss="softmax_cross_entropy")
+      >>> params = {"w": jnp.zeros((2, 3))}
+      >>> for estimator in (exact_trace(), gauss_newton()):
+      ...     estimate = layer_curvature(params, 0, estimator=estimator, **task)
+      ...     print(round(float(estimate.mean[0]), 4))
+      0.3108
+      0.3108
+    """
+    if not callable(apply_fn):
+        raise ValueError(
+            f"apply_fn must be a function (params, inputs) -> outputs; got {apply_fn!r}."
+        )
+    check_word("loss", loss, tuple(_LOSSES))
+    is_integer = jnp.issubdtype(jnp.result_type(targets), jnp.integer)
+    if loss == "softmax_cross_entropy" and not is_integer:
+        raise ValueError(
+            "targets must be integers, the classes' numbers, for the loss 'softmax_cross_entropy';"
+            f" got {jnp.result_type(targets)} of shape {jnp.shape(targets)}."
+        )
+    batch = {"inputs": inputs, "targets": jnp.asarray(targets)}
+    if weights is not None:
+        weights, shape = jnp.asarray(weights), jnp.shape(targets)
+        if weights.ndim == 0 or weights.shape != shape[: weights.ndim]:
+            raise ValueError(
+                f"weights must have the shape of targets, {shape}, or of its leading axes; got"
+                f" {weights.shape}."
+            )
+        if not jnp.issubdtype(weights.dtype, jnp.floating):
+            weights = weights.astype(jnp.float32)  # a mask
+        batch["weights"] = weights
+    check_batch(batch)
+    task = _Task(apply_fn, loss, batch)
+    model = _Task(apply_fn, loss, {})
+    return {
+        "value_fn": Partial(_Task.value, task),
+        "losses_fn": Partial(_Task.losses, task),
+        "sampled_losses_fn": Partial(_Task.sampled_losses, task),
+        "example_value_fn": Partial(_Task.example_value, model),
+        "batch": task.by_example(),
+        "example_output_fn": Partial(_Task.example_outputs, model),
+        "output_loss_fn": Partial(_Task.output_loss, model),
+    }
 
 
 def mean_value_fn(

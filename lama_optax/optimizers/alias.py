@@ -20,6 +20,7 @@ def lama_adam(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
     *,
     alpha_min: ArrayLike = 0.5,
     alpha_max: ArrayLike = 1.5,
@@ -55,6 +56,7 @@ def lama_adam(
       b1: see `lama_scale`, as all up to ``key``.
       b2: decay of the squared gradients.
       eps: added to the denominator.
+      eps_root: added under its square root.
       alpha_min: lower limit of the factor on b1.
       alpha_max: upper limit of the factor on b1.
       sensitivity: the document's lambda.
@@ -108,6 +110,7 @@ def lama_adam(
             b1,
             b2,
             eps,
+            eps_root,
             alpha_min=alpha_min,
             alpha_max=alpha_max,
             sensitivity=sensitivity,

@@ -51,9 +51,12 @@ def bias_corrected(moments: PyTree, decay: Scalar, count: jax.Array) -> PyTree:
     return jax.tree.map(lambda moment: moment / divisor.astype(moment.dtype), moments)
 
 
-def adam_step(m_hat: jax.Array, v_hat: jax.Array, eps: Scalar) -> jax.Array:
-    """Eq. (5) without the learning rate: ``m_hat / (sqrt(v_hat) + eps)``."""
-    return m_hat / (jnp.sqrt(v_hat) + eps)
+def adam_step(m_hat: jax.Array, v_hat: jax.Array, eps: Scalar, eps_root: Scalar = 0.0) -> jax.Array:
+    """Eq. (5) without the learning rate: ``m_hat / (sqrt(v_hat) + eps)``.
+
+    The document has no ``eps_root``; as in `optax.adam` it is added under the root.
+    """
+    return m_hat / (jnp.sqrt(v_hat + eps_root) + eps)
 
 
 def momentum_factor(

@@ -5,18 +5,15 @@ One call of ``update``: estimate H_l for every layer (Eqs. 7, 8), turn it into a
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from lama_optax._checks import (
     as_scalar,
-    check_count,
     check_float_dtype,
     check_number,
     check_range,
@@ -24,15 +21,9 @@ from lama_optax._checks import (
     wide_dtype,
 )
 from lama_optax.curvature.hutchinson import hutchinson
-from lama_optax.curvature.protocol import Estimator, as_typed_key, check_estimator
-from lama_optax.layers import (
-    Layers,
-    LayerSpec,
-    check_layers,
-    check_structure,
-    match_to_params,
-    resolve_layers,
-)
+from lama_optax.curvature.protocol import Estimator
+from lama_optax.curvature.track import CurvatureState, track_curvature
+from lama_optax.layers import LayerSpec, check_structure, resolve_layers
 from lama_optax.optimizers import equations as eq
 
 PyTree = Any
@@ -41,30 +32,46 @@ PyTree = Any
 class LamaState(NamedTuple):
     """State of `lama_scale`; L layers in the order of `layer_names`."""
 
-    # shape=(), dtype=int32; updates made. The name is optax's; it hides tuple.count.
-    count: jax.Array  # type: ignore[assignment]
     mu: optax.Updates  # like params, mu_dtype; first moment, Eq. 6
     nu: optax.Updates  # like params, at least float32; second moment, Eq. 2
-    curvature: jax.Array  # shape=(L,), float32 (float64 where a parameter is); H_l, Eq. 8
-    curvature_weight: jax.Array  # shape=(L,), same dtype; sum of the weights in `curvature`'s EMA
-    alpha: jax.Array  # shape=(L,), same dtype; Eq. 9
+    alpha: jax.Array  # shape=(L,), float32 (float64 where a parameter is); Eq. 9
     momentum: jax.Array  # shape=(L,), same dtype; min(alpha b1, max_momentum), used by Eq. 6
     weight_sum: jax.Array  # shape=(L,), same dtype; sum of the gradients' weights in `mu`
-    key: jax.Array  # shape=(2,) for the default PRNG, dtype=uint32; raw data of the first key
-    rejected: jax.Array  # shape=(), dtype=int32; layers' estimates that were not finite
+    tracker: CurvatureState  # count, curvature (Eq. 8) and its standard error
+
+    @property
+    def count(self) -> jax.Array:  # type: ignore[override]
+        """Updates made, shape (). The name is optax's; it hides tuple.count."""
+        return self.tracker.count
+
+    @property
+    def curvature(self) -> jax.Array:
+        """H_l of Eq. 8, shape (L,)."""
+        return self.tracker.curvature
+
+    @property
+    def std_error(self) -> jax.Array:
+        """One standard error of ``curvature``, shape (L,); NaN while it cannot be known."""
+        return self.tracker.std_error
+
+    @property
+    def rejected(self) -> jax.Array:
+        """How many layers' estimates were not finite, shape ()."""
+        return self.tracker.rejected
 
 
 def lama_scale(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
     *,
     alpha_min: ArrayLike = 0.5,
     alpha_max: ArrayLike = 1.5,
     sensitivity: ArrayLike = 0.01,
-    estimator: Estimator = hutchinson(),
+    estimator: Estimator = hutchinson(num_probes=1),
     layers: LayerSpec = "module",
-    update_interval: ArrayLike = 1,
+    update_interval: ArrayLike = 10,
     curvature_decay: ArrayLike = 0.0,
     momentum: str = "paper",
     max_momentum: ArrayLike | None = 0.999,
@@ -83,10 +90,12 @@ def lama_scale(
           \operatorname{sigmoid}(\lambda H_l) \\
         m_t &= \alpha_l b_1 m_{t-1} + (1 - b_1) g_t, \quad
         v_t = b_2 v_{t-1} + (1 - b_2) g_t^2 \\
-        u_t &= \frac{m_t / (1 - b_1^t)}{\sqrt{v_t / (1 - b_2^t)} + \varepsilon}
+        u_t &= \frac{m_t / (1 - b_1^t)}{\sqrt{v_t / (1 - b_2^t) + \bar\varepsilon} + \varepsilon}
       \end{align*}
 
-    The trace is estimated from ``value_fn``, which ``update`` takes by keyword.
+    The curvature H_l is that of `track_curvature`, which this is built on. The document's setting
+    is ``lama_scale(estimator=hutchinson(num_probes=10), update_interval=1)``; the default
+    estimates with one probe at every tenth step, for about a tenth of the cost of a probe a step.
 
     A layer whose estimate is not finite keeps its last finite curvature (0 before the first),
     and ``state.rejected`` counts it. An entry whose gradient is not finite, or whose square
@@ -96,6 +105,8 @@ def lama_scale(
       b1: momentum that Eq. 9's factor multiplies, in [0, 1).
       b2: decay of the squared gradients, in [0, 1).
       eps: added to the denominator, outside the square root.
+      eps_root: added inside the square root, as in `optax.adam`: what differentiates through
+        ``update`` needs it to be positive where a gradient is 0.
       alpha_min: factor's lower limit.
       alpha_max: factor's upper limit.
       sensitivity: the document's lambda, in units of 1/curvature. Positive: more curvature, more
@@ -104,9 +115,9 @@ def lama_scale(
       layers: what one layer is: ``"module"``, ``"leaf"``, a tree of labels or a function of
         params that returns one; see `layer_names`.
       update_interval: estimate at every n-th step, from the first; between them no product is
-        made, nothing is copied and the curvature stays. On a CPU, XLA makes the derivatives of
-        convolutions much slower inside the condition that this takes; there let
-        ``flipout()`` estimate, which up to 8 layers needs none, or pass ``curvature``.
+        made and the curvature stays. On a CPU, XLA makes the derivatives of convolutions much
+        slower inside the condition that this takes, unless an estimator lays them out anew, as
+        those of this library do.
       curvature_decay: decay of a bias-corrected moving average over the estimates made, in
         [0, 1); 0 keeps the last estimate alone.
       momentum: ``"paper"`` is Eq. 6 with Eq. 3's correction, under which alpha moves the step size
@@ -117,8 +128,8 @@ def lama_scale(
       max_momentum: upper limit of alpha b1, in [0, 1). With None, alpha b1 can pass 1 and
         training diverge.
       mu_dtype: dtype of the first moment; None: that of the parameters.
-      axis_name: name of the mapped axis over which curvature is averaged, inside `jax.shard_map`
-        or `jax.pmap`. Plain `jit` over sharded arrays needs none.
+      axis_name: name of the mapped axis inside `jax.shard_map` or `jax.pmap`, see
+        `track_curvature`. Plain `jit` over sharded arrays needs none.
       key: seed or PRNG key of the probes. Step t uses ``fold_in(key, t)``: a resumed run draws
         the probes that an unbroken one would.
 
@@ -163,15 +174,20 @@ def lama_scale(
     check_number("alpha_max", alpha_max, "a number of at least 0", low=0)
     check_range("alpha_min", alpha_min, "alpha_max", alpha_max)
     check_number("sensitivity", sensitivity, "a finite number")
-    check_count("update_interval", update_interval)
-    check_number("curvature_decay", curvature_decay, "in [0, 1)", low=0, high=1)
+    check_number("eps_root", eps_root, "a number of at least 0", low=0)
     check_word("momentum", momentum, ("paper", "ema"))
     if max_momentum is not None:
         check_number("max_momentum", max_momentum, "None or in [0, 1)", low=0, high=1)
-    check_layers(layers)
-    check_estimator(estimator)
     if mu_dtype is not None:
         check_float_dtype("mu_dtype", mu_dtype)
+    tracker = track_curvature(
+        estimator,
+        layers=layers,
+        update_interval=update_interval,
+        curvature_decay=curvature_decay,
+        axis_name=axis_name,
+        key=key,
+    )
     # Then moments stay near the gradients, whose squares are finite, and so do their quotients.
     is_bounded = max_momentum is not None and isinstance(eps, int | float) and eps >= 1e-10
 
@@ -184,144 +200,66 @@ def lama_scale(
         return alpha, decay
 
     def init_fn(params: optax.Params) -> LamaState:
-        partition = resolve_layers(layers, params)
-
-        # No two arrays are one buffer: a step that donates the state could not.
-        def zeros() -> jax.Array:
-            return jnp.zeros(len(partition.names), partition.dtype)
-
-        alpha, decay = factor_and_momentum(zeros())
+        tracked = tracker.init(params)
+        alpha, decay = factor_and_momentum(jnp.zeros_like(tracked.curvature))
         return LamaState(
-            count=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
             nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params),
-            curvature=zeros(),
-            curvature_weight=zeros(),
             alpha=alpha,
             momentum=decay,
-            weight_sum=zeros(),
-            key=jnp.copy(jax.random.key_data(as_typed_key(key))),
-            rejected=jnp.zeros([], jnp.int32),
+            weight_sum=jnp.zeros_like(tracked.curvature),
+            tracker=tracked,
         )
+
+    def first_moment(
+        g: jax.Array, ok: jax.Array, m: jax.Array, decay: jax.Array, weight: jax.Array
+    ) -> jax.Array:
+        m_wide = m.astype(decay.dtype)
+        new = jnp.where(ok, eq.first_moment(m_wide, g.astype(decay.dtype), decay, weight), m_wide)
+        return new if is_bounded and not _is_narrow(m) else _saturated(new, m.dtype)
+
+    def second_moment(g: jax.Array, ok: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.where(ok, eq.second_moment(v, g.astype(v.dtype), as_scalar(b2, v.dtype)), v)
+
+    def step(m_hat: jax.Array, v_hat: jax.Array, g: jax.Array, ok: jax.Array) -> jax.Array:
+        constants = (as_scalar(x, v_hat.dtype) for x in (eps, eps_root))
+        u = eq.adam_step(m_hat, v_hat, *constants).astype(g.dtype)
+        if not is_bounded or _is_narrow(u):
+            ok = ok & jnp.isfinite(u)
+        return jnp.where(ok, u, 0)
 
     def update_fn(
         updates: optax.Updates,
         state: LamaState,
         params: optax.Params | None = None,
-        *,
-        curvature: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LamaState]:
-        if params is None:
-            raise ValueError(
-                "params is missing: call tx.update(grads, state, params, value_fn=...)."
-            )
         check_structure("updates", updates, state.mu)
         check_structure("params", params, state.mu)
-        partition = resolve_layers(layers, params)
-
-        def absorb(mean: jax.Array) -> _Curvature:
-            if axis_name is not None:
-                mean = jax.lax.pmean(mean, axis_name)
-            return _absorb(state, mean.astype(partition.dtype), curvature_decay)
-
-        if axis_name is not None and callable(extra_args.get("value_fn")):
-            extra_args["value_fn"] = _averaged(extra_args["value_fn"], axis_name)
-
-        def estimate() -> _Curvature:
-            root = jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(as_typed_key(key)))
-            step_key = jax.random.fold_in(root, state.count)
-            found = estimator.estimate(step_key, params, partition, updates=updates, **extra_args)
-            return absorb(found.mean)
-
-        kept = _Curvature(state.curvature, state.curvature_weight, state.rejected)
-        if curvature is not None:
-            latest = absorb(_curvature_array(curvature, params, partition))
-        elif isinstance(update_interval, int) and update_interval == 1:
-            latest = estimate()
-        else:
-            due = state.count % jnp.asarray(update_interval, state.count.dtype) == 0
-            latest = jax.lax.cond(due, estimate, lambda: kept)
-
-        count = optax.safe_increment(state.count)
-        alpha, decay = factor_and_momentum(latest.mean)
+        _, tracked = tracker.update(updates, state.tracker, params, **extra_args)
+        alpha, decay = factor_and_momentum(tracked.curvature)  # Eq. 9
         # Eq. 6 keeps the weight 1 - b1; Eq. 3 is its correction for alpha = 1 alone.
         gain = decay if momentum == "ema" else as_scalar(b1, decay.dtype)
         weight = jnp.full_like(decay, 1 - gain)
         weight_sum = eq.first_moment(state.weight_sum, jnp.ones_like(decay), decay, weight)
         if max_momentum is None:
             weight_sum = _saturated(weight_sum, weight_sum.dtype)
-
         # Decided from the gradient alone and before the step: from what comes out, XLA would need
         # a pass of its own for each of moments and step.
         usable = jax.tree.map(_has_square, updates, state.nu)
-
-        def first_moment(
-            g: jax.Array, ok: jax.Array, m: jax.Array, decay: jax.Array, weight: jax.Array
-        ) -> jax.Array:
-            m_wide = m.astype(decay.dtype)
-            new = jnp.where(
-                ok, eq.first_moment(m_wide, g.astype(decay.dtype), decay, weight), m_wide
-            )
-            return new if is_bounded and not _is_narrow(m) else _saturated(new, m.dtype)
-
-        def second_moment(g: jax.Array, ok: jax.Array, v: jax.Array) -> jax.Array:
-            new = eq.second_moment(v, g.astype(v.dtype), as_scalar(b2, v.dtype))
-            return jnp.where(ok, new, v)
-
-        def step(m_hat: jax.Array, v_hat: jax.Array) -> jax.Array:
-            return eq.adam_step(m_hat, v_hat, as_scalar(eps, v_hat.dtype))
-
-        of_leaf = functools.partial(partition.spread, tree=updates)
+        of_leaf = functools.partial(resolve_layers(layers, params).spread, tree=updates)
         mu = jax.tree.map(first_moment, updates, usable, state.mu, of_leaf(decay), of_leaf(weight))
         nu = jax.tree.map(second_moment, updates, usable, state.nu)
         if momentum == "ema":
             mu_hat = jax.tree.map(jnp.divide, mu, of_leaf(weight_sum))
         else:
-            mu_hat = eq.bias_corrected(mu, as_scalar(b1, decay.dtype), count)
-        nu_hat = eq.bias_corrected(nu, as_scalar(b2, decay.dtype), count)
-        new_updates = optax.tree.cast_like(jax.tree.map(step, mu_hat, nu_hat), updates)
-
-        def made(u: jax.Array, ok: jax.Array) -> jax.Array:
-            if not is_bounded or _is_narrow(u):
-                ok = ok & jnp.isfinite(u)
-            return jnp.where(ok, u, 0)
-
-        return jax.tree.map(made, new_updates, usable), LamaState(
-            count=count,
-            mu=optax.tree.cast_like(mu, state.mu),
-            nu=nu,
-            curvature=latest.mean,
-            curvature_weight=latest.weight,
-            alpha=alpha,
-            momentum=decay,
-            weight_sum=weight_sum,
-            key=state.key,
-            rejected=latest.rejected,
-        )
+            mu_hat = eq.bias_corrected(mu, as_scalar(b1, decay.dtype), tracked.count)
+        nu_hat = eq.bias_corrected(nu, as_scalar(b2, decay.dtype), tracked.count)
+        new_updates = jax.tree.map(step, mu_hat, nu_hat, updates, usable)  # Eq. 5
+        mu = optax.tree.cast_like(mu, state.mu)
+        return new_updates, LamaState(mu, nu, alpha, decay, weight_sum, tracked)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-class _Curvature(NamedTuple):
-    """What `LamaState` keeps of the curvature from one step to the next."""
-
-    mean: jax.Array  # shape=(L,)
-    weight: jax.Array  # shape=(L,)
-    rejected: jax.Array  # shape=()
-
-
-def _absorb(state: LamaState, mean: jax.Array, decay: ArrayLike) -> _Curvature:
-    """Averages a new estimate in; a layer where that is not finite keeps what it had."""
-    decay = as_scalar(decay, mean.dtype)
-    weight = decay * state.curvature_weight + (1 - decay)
-    average = (decay * state.curvature_weight * state.curvature + (1 - decay) * mean) / weight
-    finite = jnp.isfinite(average)
-    return _Curvature(
-        mean=jnp.where(finite, average, state.curvature),
-        weight=jnp.where(finite, weight, state.curvature_weight),
-        rejected=state.rejected + jnp.sum(~finite, dtype=state.rejected.dtype),
-    )
 
 
 def _saturated(x: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -339,35 +277,3 @@ def _has_square(g: jax.Array, v: jax.Array) -> jax.Array:
     """Whether a gradient's square is finite in the second moment's dtype."""
     # Half of the root, so that rounding in an average of squares never reaches the limit.
     return jnp.abs(g).astype(v.dtype) < float(jnp.finfo(v.dtype).max) ** 0.5 / 2
-
-
-def _curvature_array(curvature: Any, params: PyTree, partition: Layers) -> jax.Array:
-    """The (L,) averages from themselves or from a scalar for each leaf, weighted by its size."""
-    num_layers = len(partition.names)
-    if isinstance(curvature, jax.Array | np.ndarray) and np.ndim(curvature) > 0:
-        if curvature.shape != (num_layers,):
-            raise ValueError(
-                f"curvature must have shape ({num_layers},), one entry a layer, or be a tree of"
-                f" scalars shaped like params; got shape {curvature.shape} for the layers"
-                f" {partition.names}."
-            )
-        return jnp.asarray(curvature)
-    leaf_means = match_to_params("curvature", curvature, params)
-    leaf_sums = []
-    for mean, leaf, depth in zip(
-        leaf_means, jax.tree.leaves(params), partition.leaf_depth, strict=True
-    ):
-        shape = () if depth is None else (depth,)
-        if jnp.shape(mean) not in ((), shape):
-            raise ValueError(
-                "curvature must hold a scalar for each leaf (or one for each stacked layer) where"
-                f" it is a tree; got shape {jnp.shape(mean)} for a leaf of shape {leaf.shape}."
-            )
-        means = jnp.broadcast_to(jnp.asarray(mean, partition.dtype), shape)
-        leaf_sums.append(means * (np.size(leaf) // (depth or 1)))
-    return partition.average(partition.sum(leaf_sums))
-
-
-def _averaged(value_fn: Callable[[PyTree], Any], axis_name: str) -> Callable[[PyTree], Any]:
-    """The mean of ``value_fn`` over the replicas, so that its gradient is that of the mean too."""
-    return lambda p: jax.tree.map(lambda x: jax.lax.pmean(x, axis_name), value_fn(p))

@@ -1,0 +1,144 @@
+r"""The trace of every layer's Gauss-Newton block from one backward pass.
+
+Let z_i be the outputs for prediction i of n, with the loss l(z_i, y_i) = -log p(y_i | z_i) of a
+predictive distribution p, and J_i = dz_i / dtheta_l. With y_i drawn from p itself, the gradient
+dl/dz_i has mean 0 and, for these losses, the covariance d^2 l / dz_i^2 (the Fisher matrix). So
+
+    n |(1/n) sum_i J_i^T dl/dz_i|^2   has the mean   (1/n) sum_i tr(J_i^T (d^2 l / dz_i^2) J_i),
+
+because the draws are independent and the cross terms have mean 0.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lama_optax._checks import check_count
+from lama_optax._jaxpr.channels_last import channels_last
+from lama_optax._jaxpr.collectives import holds_collective
+from lama_optax._jaxpr.interpret import names_in
+from lama_optax.curvature.protocol import (
+    LayerCurvature,
+    check_visible,
+    standard_error,
+    unreduced,
+)
+from lama_optax.layers import Layers
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fisher:
+    """Settings of `fisher`."""
+
+    num_samples: int
+
+    def estimate(
+        self,
+        key: jax.Array,
+        params: PyTree,
+        layers: Layers,
+        /,
+        *,
+        sampled_losses_fn: Callable[[PyTree, jax.Array], Any] | None = None,
+        **extra_args: Any,
+    ) -> LayerCurvature:
+        """The mean over samples of n |gradient of the mean sampled loss|^2, over N_l."""
+        del extra_args
+        if not callable(sampled_losses_fn):
+            raise ValueError(
+                "sampled_losses_fn is missing: fisher() draws targets from the model's own"
+                " predictions. Pass tx.update(grads, state, params, **supervised(apply_fn, inputs,"
+                " targets)), or your own sampled_losses_fn=lambda params, key: the losses, not"
+                " reduced, of targets drawn with key; or take hutchinson(), which needs value_fn"
+                f" alone. Got sampled_losses_fn={sampled_losses_fn!r}."
+            )
+        check_visible("sampled_losses_fn", params)
+        closed = jax.make_jaxpr(sampled_losses_fn)(params, key)
+        if holds_collective(closed):
+            raise ValueError(
+                "sampled_losses_fn holds a collective (a psum or all_gather over a mapped axis):"
+                " its devices' draws could not be told apart. Let it return the losses of this"
+                " device's part of the batch, or train under jax.jit with sharded arrays."
+            )
+
+        def scaled_mean(p: PyTree, sample_key: jax.Array) -> jax.Array:
+            losses, weights = unreduced("sampled_losses_fn", sampled_losses_fn(p, sample_key))
+            losses = losses.astype(layers.dtype)
+            if weights is None:
+                return jnp.sum(losses) / losses.size**0.5
+            weights = jax.lax.stop_gradient(weights.astype(layers.dtype))
+            losses = jnp.where(weights > 0, losses, 0)  # padding may hold anything
+            return jnp.sum(jnp.sqrt(weights) * losses) / jnp.sqrt(jnp.sum(weights))
+
+        gradient_fn = channels_last(jax.grad(scaled_mean), names_in(closed))
+
+        def trace(sample_key: jax.Array) -> jax.Array:
+            gradient = gradient_fn(params, sample_key)
+            return layers.sum(jax.tree.map(lambda g: jnp.square(g.astype(layers.dtype)), gradient))
+
+        if self.num_samples == 1:
+            samples = trace(key)[None]
+        else:
+            samples = jax.lax.map(trace, jax.random.split(key, self.num_samples))
+        return LayerCurvature.from_trace(layers, jnp.mean(samples, axis=0), standard_error(samples))
+
+
+def fisher(num_samples: int = 1) -> _Fisher:
+    r"""The trace of each layer's Gauss-Newton (Fisher) block, from one backward pass a sample.
+
+    .. math::
+      H_l = \frac{1}{N_l}\, n\, \mathbb{E}_{y \sim p(\cdot \mid z(\theta))}
+        \Big\lVert \frac{1}{n} \sum_{i=1}^{n} \nabla_{\theta_l} \ell(z_i(\theta), y_i)
+        \Big\rVert^2
+      = \frac{1}{N_l}\, \frac{1}{n} \sum_{i=1}^{n}
+        \operatorname{tr}\left( J_{il}^\top\, \nabla_z^2 \ell_i\, J_{il} \right),
+      \qquad J_{il} = \frac{\partial z_i}{\partial \theta_l}
+
+    The targets y are drawn from the model's own predictions, not taken from the data, so that the
+    gradients' cross terms have mean 0. It needs no second derivative, no loss of one example and no
+    memory beyond one gradient, so it works on whatever has a gradient: BatchNorm and dropout as
+    they train, `jax.custom_vjp`, fused attention, any depth.
+
+    It estimates the Gauss-Newton matrix, which is never negative. That is the Hessian where the
+    residuals' part :math:`\sum_i \partial_z \ell_i \cdot \nabla_\theta^2 z_i` vanishes: for outputs
+    that are piecewise linear in each single parameter (dense layers, convolutions and biases with
+    ReLU, each used once), and about so where the data are fitted. Elsewhere the two part.
+
+    Args:
+      num_samples: how many times targets are drawn, each for one forward and one backward pass;
+        static. With one there is no standard error (NaN); `track_curvature` has it from the
+        spread of its estimates.
+
+    Returns:
+      An estimator that needs ``sampled_losses_fn(params, key)`` by keyword: the losses, not
+      reduced, of predictions whose targets are drawn with ``key`` from the predictive distribution
+      at ``params`` (by `jax.lax.stop_gradient` of the outputs). For padding or weights w it
+      returns ``(losses, weights)``, and stands for the loss sum(w l) / sum(w). `supervised` makes
+      it for the usual losses.
+
+    Raises:
+      ValueError: naming the argument, its value and what is allowed.
+
+    References:
+      Kunstner, Balles and Hennig, `Limitations of the Empirical Fisher Approximation
+      <https://arxiv.org/abs/1905.12558>`_, 2019, for why targets are drawn; Martens, `New Insights
+      and Perspectives on the Natural Gradient Method <https://arxiv.org/abs/1412.1193>`_, 2020,
+      for when the Fisher matrix is the Gauss-Newton matrix
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from lama_optax import fisher, layer_curvature, supervised
+      >>> apply_fn = lambda params, x: x @ params["dense"]["kernel"]
+      >>> params = {"dense": {"kernel": jnp.zeros((2, 3))}}
+      >>> task = supervised(apply_fn, jnp.ones((8, 2)), jnp.zeros(8, jnp.int32))
+      >>> estimate = layer_curvature(params, 0, estimator=fisher(500), **task)
+      >>> bool(abs(estimate.mean[0] - 2 / 9) < 4 * estimate.std_error[0])
+      True
+    """
+    check_count("num_samples", num_samples)
+    return _Fisher(num_samples)

@@ -1,0 +1,190 @@
+"""Curvature outside an optimizer: of one batch, of a whole data set, or until it is known well."""
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lama_optax._checks import check_count, check_number
+from lama_optax.curvature.protocol import (
+    Estimator,
+    LayerCurvature,
+    as_typed_key,
+    check_estimator,
+)
+from lama_optax.layers import Layers, LayerSpec, resolve_layers
+
+PyTree = Any
+# A spread from fewer estimates is too uncertain to decide by that the mean is known well.
+_FIRST_LOOK = 30
+
+
+def layer_curvature(
+    params: PyTree,
+    key: int | jax.Array,
+    *,
+    estimator: Estimator,
+    layers: LayerSpec = "module",
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    relative_error: float | None = None,
+    max_samples: int = 10_000,
+    share: float = 1.0,
+    **estimator_args: Any,
+) -> LayerCurvature:
+    """Estimates each layer's average curvature outside an optimizer.
+
+    Without ``batches`` and ``relative_error`` it makes one estimate. With ``batches`` it makes one
+    for each, and returns their mean; the standard error is from the spread between them, so that
+    it holds the noise of the batches and of the estimator. With ``relative_error`` it estimates
+    again and again, and stops when the layers are known that well.
+
+    Args:
+      params: pytree of real floating-point arrays, any mixture of dtypes.
+      key: a seed or a PRNG key. The i-th of several estimates uses ``fold_in(key, i)``.
+      estimator: for instance `fisher`, `hutchinson` or `exact_trace`.
+      layers: what one layer is, see `layer_names`.
+      batches: an iterable of what the estimator needs, one dict for each batch: a data loader's, as
+        ``(supervised(apply_fn, x, y) for x, y in loader)``. Each counts alike, so let them have the
+        same size. One batch is in memory at a time. The estimate is compiled once where the batches
+        have equal shapes and the functions are the same objects, as `supervised` makes them
+        (`jax.tree_util.Partial` of one function and the batch).
+      relative_error: stop when the standard error is at most this part of the mean's absolute
+        value, in (0, 1). With ``batches``, when that is reached or they end.
+      max_samples: the most estimates that ``relative_error`` may take.
+      share: the part of the layers, in (0, 1], that has to be known that well.
+      **estimator_args: what the estimator needs, by name: ``value_fn``, or all of ``supervised``.
+
+    Returns:
+      A `LayerCurvature` of three ``(L,)`` arrays, in the order of `layer_names`. The trace of
+      a layer's Hessian block is ``mean * size``, its standard error ``std_error * size``. From one
+      batch, or one sample, there is no spread: NaN, unless the estimator itself knows its error.
+
+    Raises:
+      ValueError: if an argument of the estimator is missing, ``params`` has a leaf that is
+        not real floating point, ``batches`` are empty, or an estimate among several is not finite.
+
+    Warns:
+      UserWarning: if layers are not known to ``relative_error`` in the end, with their names; and
+        if an interruption (Ctrl-C) ends it early: it then returns what it has.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from lama_optax import exact_trace, hutchinson, layer_curvature
+      >>> params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+      >>> loss = lambda p: jnp.sum(p["a"] ** 2) + 2 * jnp.sum(p["b"] ** 2)
+      >>> layer_curvature(params, 0, estimator=exact_trace(), value_fn=loss).mean.tolist()
+      [2.0, 4.0]
+      >>> estimate = layer_curvature(params, 0, estimator=hutchinson(), value_fn=loss)
+      >>> estimate.mean.tolist(), estimate.std_error.tolist(), estimate.size.tolist()
+      ([2.0, 4.0], [0.0, 0.0], [3, 2])
+    """
+    check_estimator(estimator)
+    partition = resolve_layers(layers, params)
+    key = as_typed_key(key)
+    if batches is None and relative_error is None:
+        return estimator.estimate(key, params, partition, **estimator_args)
+    if relative_error is not None:
+        check_number("relative_error", relative_error, "in (0, 1)", low=1e-30, high=1)
+        check_count("max_samples", max_samples)
+        check_number("share", share, "in (0, 1]", low=1e-30, high=1 + 1e-12)
+    found: Iterable[dict[str, Any]]
+    if batches is None:
+        found = itertools.repeat(estimator_args, max_samples)
+    else:
+        found = (estimator_args | dict(batch) for batch in batches)
+        if relative_error is not None:
+            found = itertools.islice(found, max_samples)
+    total = max_samples if batches is None else None
+    if hasattr(batches, "__len__"):
+        total = len(batches)  # type: ignore[arg-type]
+    estimate = _compiled_once(estimator, params, partition)
+
+    samples: list[np.ndarray] = []
+    next_look = _FIRST_LOOK
+    own_error: jax.Array | None = None
+    try:
+        for i, arguments in enumerate(_with_progress(found, total)):
+            one = estimate(jax.random.fold_in(key, i), arguments)
+            samples.append(np.asarray(one.mean, np.float64))
+            own_error = one.std_error
+            if not np.isfinite(samples[-1]).all():
+                unknown = np.asarray(partition.names)[~np.isfinite(samples[-1])]
+                raise ValueError(f"estimate {i} is not finite for the layers {list(unknown)}.")
+            if relative_error is not None and len(samples) == next_look:
+                if np.mean(_is_known(samples, relative_error)) >= share:
+                    break
+                # Looking rarely: each look is another chance to stop at a spread too small by luck.
+                next_look += -(-next_look // 4)
+    except KeyboardInterrupt:
+        if not samples:
+            raise
+        warnings.warn(f"interrupted: the mean is over {len(samples)} estimates.", stacklevel=2)
+    if not samples:
+        raise ValueError("batches must hold at least one batch; got none.")
+    if relative_error is not None and not (known := _is_known(samples, relative_error)).all():
+        names = [name for name, ok in zip(partition.names, known, strict=True) if not ok]
+        warnings.warn(
+            f"not known to a relative error of {relative_error} after {len(samples)} estimates:"
+            f" {', '.join(names)}.",
+            stacklevel=2,
+        )
+    size = partition.size_array()
+    mean = jnp.asarray(np.mean(samples, axis=0), partition.dtype)
+    error = None if len(samples) == 1 else jnp.asarray(_error(samples), partition.dtype) * size
+    if len(samples) == 1 and batches is None:
+        error = None if own_error is None else own_error * size
+    return LayerCurvature.from_trace(partition, mean * size, error)
+
+
+def _error(samples: list[np.ndarray]) -> np.ndarray:
+    return np.std(samples, axis=0, ddof=1) / len(samples) ** 0.5
+
+
+def _is_known(samples: list[np.ndarray], relative_error: float) -> np.ndarray:
+    if len(samples) < 2:
+        return np.zeros(samples[0].shape, bool)
+    return _error(samples) <= relative_error * np.abs(np.mean(samples, axis=0))
+
+
+def _compiled_once(
+    estimator: Estimator, params: PyTree, layers: Layers
+) -> Callable[[jax.Array, dict[str, Any]], LayerCurvature]:
+    """The estimate as a function of a key and arguments: arrays are traced, functions static."""
+
+    def compiled(
+        key: jax.Array, params: PyTree, arrays: list[Any], structure: Any, static: tuple[Any, ...]
+    ) -> LayerCurvature:
+        traced, fixed = iter(arrays), iter(static)
+        leaves = [next(traced) if x is _ARRAY else x for x in fixed]
+        arguments = jax.tree.unflatten(structure, leaves)
+        return estimator.estimate(key, params, layers, **arguments)
+
+    jitted = jax.jit(compiled, static_argnums=(3, 4))
+
+    def estimate(key: jax.Array, arguments: dict[str, Any]) -> LayerCurvature:
+        leaves, structure = jax.tree.flatten(arguments)
+        static = tuple(_ARRAY if _is_array(leaf) else leaf for leaf in leaves)
+        arrays = [leaf for leaf in leaves if _is_array(leaf)]
+        return jitted(key, params, arrays, structure, static)
+
+    return estimate
+
+
+_ARRAY = "an array stands here"
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.number | int | float)
+
+
+def _with_progress(items: Iterable[Any], total: int | None) -> Iterable[Any]:
+    """With a bar where tqdm is installed and a person looks."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, total=total, desc="curvature", disable=None, leave=False)

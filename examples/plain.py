@@ -53,7 +53,7 @@ def main(args):
     images = images.astype(np.float32) / 16
     train_x, test_x, train_y, test_y = train_test_split(images, labels, random_state=0)
 
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, args.steps // 10, args.steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-2, args.steps // 10, args.steps)
     estimator = getattr(lama_optax, args.estimator)()
     tx = optax.chain(
         track_curvature(estimator, update_interval=10),  # curvature

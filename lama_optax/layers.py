@@ -5,7 +5,6 @@ in the order in which their first leaf appears in the flattened parameters.
 """
 
 import collections
-import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lama_optax._checks import check_word, wide_dtype
+from lama_optax._checks import check_floating, check_word, wide_dtype
 
 PyTree = Any
 #: ``"module"``, ``"leaf"``, a params-shaped tree (or prefix) of labels, a function of params that
@@ -129,7 +128,7 @@ def resolve_layers(layers: LayerSpec, params: PyTree) -> Layers:
     paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     paths = [path for path, _ in paths_and_leaves]
     leaves = [leaf for _, leaf in paths_and_leaves]
-    _check_floating(paths, leaves)
+    check_floating(paths, leaves)
 
     stacked_modules: tuple[str, ...] = ()
     if isinstance(layers, _Stacked):
@@ -185,7 +184,8 @@ def layer_names(params: PyTree, layers: LayerSpec = "module") -> tuple[str, ...]
       layers: what one layer is: ``"module"`` (leaves that share a parent: a kernel and its
         bias; a leaf at the root is its own layer), ``"leaf"``, a tree of labels shaped like
         ``params`` or a prefix of it, a function of ``params`` that returns one, as in
-        `optax.partition`, or `stacked`, for parameters stacked by a scan.
+        `optax.partition`, or `stacked`, for parameters stacked by a scan. To
+        `optax.inject_hyperparams` say ``static_args="layers"`` of a function.
 
     Returns:
       L unique names: the path of the module, joined by ``/``, without a leading ``params``
@@ -274,40 +274,6 @@ def _labels(layers: LayerSpec, params: PyTree) -> Sequence[Hashable]:
         if not isinstance(label, str | int | np.integer):
             raise ValueError(f"layers must hold strings or integers as labels; got {label!r}.")
     return matched
-
-
-def _check_floating(paths: Sequence[tuple[Any, ...]], leaves: Sequence[Any]) -> None:
-    for path, leaf in zip(paths, leaves, strict=True):
-        # JAX takes a dtype's name for a dtype: "float32" is no array.
-        dtype = None
-        with contextlib.suppress(TypeError):
-            dtype = None if isinstance(leaf, str | type | np.dtype) else jnp.result_type(leaf)
-        if dtype is None:
-            found = f"{leaf!r}, no array"
-            remedy = (
-                "keep arrays alone; of an Equinox module take params, static ="
-                " eqx.partition(model, eqx.is_inexact_array)"
-            )
-        elif jnp.issubdtype(dtype, jnp.floating):
-            continue
-        elif jnp.issubdtype(dtype, jnp.complexfloating):
-            found = f"{dtype}"
-            remedy = (
-                "keep its real and its imaginary part as two leaves, and join them in the loss,"
-                " jax.lax.complex(real, imag) (optax.contrib.split_real_and_imaginary splits the"
-                " params that value_fn is called with)"
-            )
-        else:
-            found = f"{dtype}"
-            remedy = (
-                "keep what is not trained out of params, and let the loss close over it: value_fn ="
-                " lambda trained: loss_fn({**frozen, **trained}). optax.masked would hide it from"
-                " value_fn too"
-            )
-        raise ValueError(
-            "params must hold real floating-point arrays; the leaf"
-            f" params{jax.tree_util.keystr(path)} is {found}: {remedy}."
-        )
 
 
 def _open_boxes(paths: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

@@ -42,7 +42,6 @@ def test_the_notebooks_are_here():
     names = {
         "01_quickstart",
         "02_exact_vs_finite_differences",
-        "03_trainers",
         "04_stability",
     }
     assert names <= {path.stem for path in SOURCES}

@@ -51,8 +51,3 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.fixture
-def fast_compilation():
-    """What every test has by now; some files still ask for it."""

@@ -24,9 +24,6 @@ SCOPES = ("joint", "block")
 HVPS = ("exact", "finite_difference")
 
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
-
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
     if request.param == "float64":

@@ -12,8 +12,6 @@ from jax.sharding import PartitionSpec as P
 from lama_optax import fisher, layer_curvature, layer_names, stacked, supervised, track_curvature
 
 # What is tested is arithmetic; LLVM need not try hard.
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 LOSSES = {
     "softmax_cross_entropy": lambda z, y: optax.losses.softmax_cross_entropy_with_integer_labels(
         z, y

@@ -21,7 +21,7 @@ from lama_optax import (
 )
 
 # Flax's layers promote implicitly.
-pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation")]
+pytestmark = pytest.mark.standard_promotion
 
 NUM_ESTIMATES = 2000
 

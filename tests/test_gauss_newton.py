@@ -14,7 +14,7 @@ from lama_optax import gauss_newton, lama_scale, layer_curvature, layer_names, s
 from lama_optax.curvature import gauss_newton as gauss_newton_module
 
 # Flax's layers promote implicitly.
-pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation", "x64")]
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("x64")]
 
 
 def _normal(seed, *shape):

@@ -13,7 +13,6 @@ from jax.tree_util import Partial
 from lama_optax import LayerCurvature, fisher, hutchinson, layer_curvature, supervised
 from lama_optax.curvature import measure
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 PARAMS = {"a": jnp.ones(2), "b": jnp.ones(3)}
 
 

@@ -18,7 +18,6 @@ from lama_optax import (
     track_curvature,
 )
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 TARGETS = {
     "softmax_cross_entropy": lambda y, z: y,
     "sigmoid_binary_cross_entropy": lambda y, z: jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype),

@@ -33,9 +33,7 @@ def channels_last(fn: Callable[..., Any], primitives: frozenset[str]) -> Callabl
 
 
 def _equation(jaxpr: Any, eqn: Any, ins: list[Any]) -> Sequence[Any]:
-    inner, convolution = operations.called(eqn), operations.convolution(eqn)
-    if inner is not None:
-        return interpret(inner, ins, _equation)
+    convolution = operations.convolution(eqn)
     return apply(jaxpr, eqn, ins) if convolution is None else [_convolve(*convolution, *ins)]
 
 

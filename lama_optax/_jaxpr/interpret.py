@@ -20,8 +20,8 @@ def interpret(
 ) -> list[Any]:
     """Evaluates ``closed``; ``equation(jaxpr, eqn, inputs)`` returns an equation's outputs.
 
-    A value is let go after its last use. An error gets a note that says which line of the user's
-    program the equation came from.
+    What is called is evaluated in the same way. A value is let go after its last use. An error gets
+    a note that says which line of the user's program the equation came from.
     """
     jaxpr = getattr(closed, "jaxpr", closed)
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=True))
@@ -33,8 +33,9 @@ def interpret(
         return jnp.asarray(atom.val) if isinstance(atom, jex.Literal) else env[atom]
 
     for i, eqn in enumerate(jaxpr.eqns):
+        inner, ins = operations.called(eqn), [read(atom) for atom in eqn.invars]
         try:
-            outs = equation(jaxpr, eqn, [read(atom) for atom in eqn.invars])
+            outs = interpret(inner, ins, equation) if inner else equation(jaxpr, eqn, ins)
         except Exception as error:
             if not any("lama_optax" in note for note in getattr(error, "__notes__", ())):
                 error.add_note(f"lama_optax: raised at {source(eqn)}.")
@@ -68,13 +69,8 @@ def apply(jaxpr: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
 
 def inlined(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Any]:
     """The jaxpr of ``fn`` without calls of other jaxprs, and the structure of what it returns."""
-
-    def equation(jaxpr: Any, eqn: Any, ins: list[Any]) -> Sequence[Any]:
-        inner = operations.called(eqn)
-        return apply(jaxpr, eqn, ins) if inner is None else interpret(inner, ins, equation)
-
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-    flat = jax.make_jaxpr(lambda *args: interpret(closed, args, equation))(*args)
+    flat = jax.make_jaxpr(lambda *args: interpret(closed, args, apply))(*args)
     return flat, jax.tree.structure(shape)
 
 

@@ -6,7 +6,9 @@ adds, or what nobody has thought of, is left to the general path.
 
 import dataclasses
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,7 +95,7 @@ class Scan(NamedTuple):
 
 
 def scan(eqn: Any) -> Scan | None:
-    """Reads a `jax.lax.scan`."""
+    """Reads one."""
     if eqn.primitive.name != "scan":
         return None
     params = eqn.params
@@ -297,21 +299,16 @@ def summed_axes(eqn: Any) -> Sequence[int]:
 
 
 def _segments(old: Sequence[int], new: Sequence[int]) -> Runs:
-    """Splits two shapes of equal size, which is not 0, into the shortest runs of equal size."""
-    runs = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        old_axes: list[int] = []
-        new_axes: list[int] = []
-        m = n = 1
-        while True:
-            if i < len(old) and (m < n or not old_axes):
-                m, i = m * old[i], i + 1
-                old_axes.append(i - 1)
-            elif j < len(new) and (n < m or not new_axes):
-                n, j = n * new[j], j + 1
-                new_axes.append(j - 1)
-            if m == n and (old_axes or i == len(old)) and (new_axes or j == len(new)):
-                break
-        runs.append((old_axes, new_axes))
-    return runs
+    """Splits two shapes of equal size into the shortest runs of axes of equal size.
+
+    Axes of length 1 are in none. The size is not 0.
+    """
+    starts = [list(itertools.accumulate(shape, operator.mul, initial=1)) for shape in (old, new)]
+    common = set(starts[0]).intersection(starts[1])
+    runs: dict[int, tuple[list[int], list[int]]] = {}
+    for side, shape in enumerate((old, new)):
+        for axis, n in enumerate(shape):
+            if n > 1:
+                begin = max(start for start in common if start <= starts[side][axis])
+                runs.setdefault(begin, ([], []))[side].append(axis)
+    return list(runs.values())

@@ -86,7 +86,11 @@ class _GaussNewton:
                 lambda example: per_example(params, example), batch, batch_size=chunk
             )
         is_same = check_mean(
-            "example_output_fn", jnp.mean(losses), value_fn, params, network.closed
+            "example_output_fn",
+            jnp.mean(losses.astype(layers.dtype)),
+            value_fn,
+            params,
+            network.closed,
         )
         trace = is_same * jnp.mean(traces, axis=0)
         return LayerCurvature.from_trace(layers, trace, jnp.zeros_like(trace))

@@ -245,6 +245,7 @@ def check_twice_differentiable(
     if not has_derivative:
         raise ValueError(
             "value_fn holds an operation that cannot be differentiated twice (a jax.custom_vjp"
-            " without a JVP). Use hutchinson(hvp='finite_difference'), which needs gradients alone,"
-            " or pass a value_fn that does without the operation."
+            " without a JVP). Use hutchinson(hvp='finite_difference') or fisher(), which need"
+            " gradients alone, or pass a value_fn that does without the operation: for an ODE"
+            " solver, one that differentiates through its steps instead of by an adjoint."
         ) from cause

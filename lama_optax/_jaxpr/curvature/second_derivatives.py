@@ -117,18 +117,10 @@ def _unknown(jaxpr: Any, moving: set[Any]) -> str | None:
     return None
 
 
-class _Chain(NamedTuple):
-    """An elementwise function of one value, by its first derivative."""
-
-    root: Any  # the variable of that value
-    slope: jax.Array
-
-
-class _Square(NamedTuple):
-    """The mean square of a variable's first derivative."""
-
-    value: jax.Array
-    leaves: frozenset[int]  # whose perturbations it is made of
+# An elementwise function of the value of a variable, the root, by its first derivative.
+_Chain = tuple[Any, jax.Array]
+# The mean square of a first derivative, and the leaves whose perturbations it is made of.
+_Square = tuple[jax.Array, frozenset[int]]
 
 
 class _Evaluation:
@@ -147,6 +139,7 @@ class _Evaluation:
         self._rules: dict[Any, DerivativeRule] = {}
         self._near = _near_products(self._jaxpr, moving)
         self._inputs: list[list[Any]] = []
+        befores = {entry.after: entry.before for entry in entries}
         backwards: list[tuple[OneEquation, Callable[..., Any], list[jax.Array]]] = []
 
         def equation(jaxpr: Any, eqn: Any, ins: list[Any]) -> list[Any]:
@@ -158,7 +151,9 @@ class _Evaluation:
                 lambda at: one.at(ins, at), one.moved(ins), has_aux=True
             )
             backwards.append((one, pull_back, values))
-            return outs
+            entry = befores.get(eqn.outvars[0])
+            # At t = 0 both have one value; this one does not wait for the perturbation.
+            return outs if entry is None else [ins[eqn.invars.index(entry)]]
 
         self.value, *at_entries = interpret(closed, args, equation)
         self._entries = {
@@ -173,23 +168,21 @@ class _Evaluation:
                 self._extend_chains(eqn, ins, moving)
 
     def _extend_chains(self, eqn: Any, ins: list[Any], moving: set[Any]) -> None:
-        before = {eqn.invars[i]: self._chain_to(eqn.invars[i], ins[i]) for i in places(eqn, moving)}
-        root, *others = {chain.root for chain in before.values()}
+        inputs = {eqn.invars[i]: ins[i] for i in places(eqn, moving)}
+        chains = {v: self._chains.get(v, (v, jnp.ones_like(x))) for v, x in inputs.items()}
+        root, *others = {root for root, _ in chains.values()}
         (v,) = eqn.outvars
         if others or v in self._entries:
             return
-        slopes = {v: chain.slope for v, chain in before.items()}
+        slopes = {v: slope for v, (_, slope) in chains.items()}
         first, second = DerivativeRule(self._jaxpr, eqn, ins, slopes)(ins, slopes)
         for slope in first.values():
-            self._chains[v] = _Chain(root, slope)
+            self._chains[v] = root, slope
         for bend in second.values() if v in self._gradient else ():
             share = self._gradient[v] * bend.astype(self._dtype)
             if not root.aval.shape:
                 share = jnp.sum(share)
             self._weights[root] = self._weights[root] + share if root in self._weights else share
-
-    def _chain_to(self, v: Any, x: jax.Array) -> _Chain:
-        return self._chains[v] if v in self._chains else _Chain(v, jnp.ones_like(x))
 
     def second_derivative(self, i: int, one: jax.Array) -> jax.Array:
         """Along argument ``i``; ``one`` is 1."""
@@ -202,8 +195,8 @@ class _Evaluation:
                 continue
             chain = self._chains.get(eqn.outvars[0]) if len(eqn.outvars) == 1 else None
             if chain is not None:
-                along_root = first[chain.root].astype(chain.slope.dtype)
-                first[eqn.outvars[0]] = chain.slope * along_root
+                root, slope = chain
+                first[eqn.outvars[0]] = slope * first[root].astype(slope.dtype)
             else:
                 if (number, moved) not in self._rules:
                     self._rules[number, moved] = DerivativeRule(self._jaxpr, eqn, ins, first)
@@ -220,7 +213,7 @@ class _Evaluation:
         for root, weight in self._weights.items():
             if root in first:
                 is_known = root in squares and root in self._near
-                square_of_root = squares[root].value if is_known else jnp.square(first[root])
+                square_of_root = squares[root][0] if is_known else jnp.square(first[root])
                 parts.append(jnp.sum(weight * square_of_root.astype(self._dtype)))
         return sum(parts, jnp.zeros_like(one))
 
@@ -229,25 +222,24 @@ class _Evaluation:
         v = eqn.outvars[0]
         if v in self._entries:
             entry, square = self._entries[v]
-            is_alone = not is_in(entry.before, first)
-            return _Square(square, frozenset({entry.leaf})) if is_alone else None
+            return None if is_in(entry.before, first) else (square, frozenset({entry.leaf}))
         if v in self._chains:
             root, slope = self._chains[v]
             if root not in squares:
                 return None
-            wide = jnp.square(slope.astype(self._dtype))
-            return _Square(wide * squares[root].value, squares[root].leaves)
+            square, leaves = squares[root]
+            return jnp.square(slope.astype(self._dtype)) * square, leaves
         moved = [eqn.invars[i] for i in places(eqn, first)]
         known = [squares[v] for v in moved if v in squares]
         if not known or len(known) < len(moved):
             return None
+        values, sources = zip(*known, strict=True)
+        leaves = frozenset[int]().union(*sources)
         if eqn.primitive.name in operations.LAYOUTS:
-            return known[0]._replace(value=apply(self._jaxpr, eqn, [known[0].value])[0])
-        leaves = frozenset[int]().union(*(square.leaves for square in known))
+            return apply(self._jaxpr, eqn, values)[0], leaves
         is_sum = eqn.primitive.name in {"add", "sub"}
-        if not is_sum or len(leaves) < sum(len(square.leaves) for square in known):
-            return None
-        return _Square(functools.reduce(jnp.add, (square.value for square in known)), leaves)
+        are_independent = len(leaves) == sum(map(len, sources))
+        return (functools.reduce(jnp.add, values), leaves) if is_sum and are_independent else None
 
 
 def _gradient(
@@ -273,14 +265,10 @@ def _near_products(jaxpr: Any, moving: set[Any]) -> set[Any]:
     Elsewhere squares may cancel with other terms: softmax has sum p x'^2 - (sum p x')^2, of
     which the mean of the first alone would be the noisier.
     """
-    near, far = set[Any](), {v for v in jaxpr.outvars[:1] if is_in(v, moving)}
+    near = moving.difference(v for v in jaxpr.outvars[:1] if is_in(v, moving))
     for eqn in reversed(jaxpr.eqns):
-        outs = moving.intersection(eqn.outvars)
-        if not outs:
-            continue
-        is_product = eqn.primitive.name in operations.PRODUCTS
-        is_entrywise = eqn.primitive.name in operations.ELEMENTWISE | operations.LAYOUTS
-        is_near = is_product or (is_entrywise and near.issuperset(outs) and far.isdisjoint(outs))
-        for i in places(eqn, moving):
-            (near if is_near else far).add(eqn.invars[i])
-    return near - far
+        outs, name = moving.intersection(eqn.outvars), eqn.primitive.name
+        is_entrywise = name in operations.ELEMENTWISE | operations.LAYOUTS
+        if outs and name not in operations.PRODUCTS and not (is_entrywise and near >= outs):
+            near.difference_update(eqn.invars[i] for i in places(eqn, near))
+    return near

@@ -80,9 +80,6 @@ def _equation(jaxpr: Any, eqn: Any, ins: Sequence[Value]) -> Sequence[Value]:
     weights = [i for i, x in enumerate(ins) if isinstance(x, Followed)]
     if not weights:
         return apply(jaxpr, eqn, ins)
-    inner = operations.called(eqn)
-    if inner is not None:
-        return interpret(inner, ins, _equation)
     why, first = source(eqn), ins[weights[0]]
     scan, checkpoint = operations.scan(eqn), operations.rematerialised(eqn)
     if checkpoint is not None:
@@ -123,10 +120,4 @@ def _checkpointed(
 ) -> list[jax.Array]:
     """The user's `jax.checkpoint` stays in force."""
     inner = [x.in_checkpoint() or x.formed(why) if isinstance(x, Followed) else x for x in ins]
-    arrays = [x for x in inner if not isinstance(x, Followed)]
-
-    def evaluated(*arrays: jax.Array) -> list[jax.Array]:
-        rest = iter(arrays)
-        return evaluate(jaxpr, [x if isinstance(x, Followed) else next(rest) for x in inner])
-
-    return checkpoint(evaluated)(*arrays)
+    return checkpoint(lambda: evaluate(jaxpr, inner))()

@@ -12,7 +12,7 @@ trace(H) = |h|^2 trace(G) = E[(|h| s_out)^T G (|h| s_out)].
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -152,29 +152,31 @@ class Perturbed(Followed):
             signs=tuple(self._moved_signs(movement, value.shape, why)),
         )
 
-    def _moved_signs(self, movement: Movement, new: Sequence[int], why: str) -> list[Signs]:
+    def _moved_signs(self, movement: Movement, new: Sequence[int], why: str) -> Iterator[Signs]:
         old = self.value.shape
         cut = movement.window or [slice(None)] * len(old)
         place = {axes[0]: to[0] for axes, to in movement.runs if len(axes) == len(to) == 1}
-        found, left = [], list(self.signs)
+        merged: dict[int, Signs] = {}
         for signs in self.signs:
-            if all(axis in place for axis in signs.axes):
-                values = signs.values[tuple(cut[axis] for axis in signs.axes)]
-                found.append(Signs(signs.origins, tuple(place[a] for a in signs.axes), values))
-                left.remove(signs)
-        for axes, to in movement.runs:
-            own = [signs for signs in left if set(signs.axes) <= set(axes)]
-            left = [signs for signs in left if not set(signs.axes) <= set(axes)]
-            if own:
-                merged = jnp.ones([old[axis] for axis in axes], own[0].values.dtype)
-                for signs in own:
-                    merged = merged * signs.along([axes.index(a) for a in signs.axes], merged)
-                origins = frozenset[int]().union(*(signs.origins for signs in own))
-                merged = merged.reshape([new[axis] for axis in to])
-                found.append(Signs(origins, tuple(to), merged))
-        for signs in left:
-            self.record.drop(self.leaf, signs, why)
-        return found
+            values = signs.values[tuple(cut[axis] for axis in signs.axes)].squeeze()
+            axes = [axis for axis in signs.axes if old[axis] > 1]
+            runs = [i for i, (run, _) in enumerate(movement.runs) if set(axes) <= set(run)]
+            if all(axis in place for axis in axes):
+                yield Signs(signs.origins, tuple(place[axis] for axis in axes), values)
+            elif runs:
+                run, to = movement.runs[runs[0]]
+                like = jnp.ones([old[axis] for axis in run], values.dtype)
+                laid = Signs(signs.origins, tuple(axes), values).along(
+                    [run.index(axis) for axis in axes], like
+                )
+                laid = jnp.broadcast_to(laid, like.shape).reshape([new[axis] for axis in to])
+                before = merged.get(runs[0], Signs(frozenset(), tuple(to), jnp.ones_like(laid)))
+                merged[runs[0]] = Signs(
+                    before.origins | signs.origins, before.axes, before.values * laid
+                )
+            else:
+                self.record.drop(self.leaf, signs, why)
+        yield from merged.values()
 
     def scaled(self, change: Callable[[jax.Array], jax.Array]) -> "Perturbed | None":
         """A vector is formed instead: it is no larger than what it scales."""
@@ -213,27 +215,24 @@ class Perturbed(Followed):
         return dataclasses.replace(self.in_checkpoint(), in_loop=True)
 
     def _slices(self) -> Any:
-        """What `jax.lax.scan` slices along the leading axis."""
+        """What `jax.lax.scan` slices along the leading axis; None where that has nothing."""
         moved = [
-            jnp.moveaxis(signs.values, signs.axes.index(0), 0)
+            jnp.moveaxis(signs.values, signs.axes.index(0), 0) if 0 in signs.axes else None
             for signs in self.signs
-            if 0 in signs.axes
         ]
         return self.value, self.probe, self.scale if self.scale.ndim else None, moved
 
     def _row(self, part: Any) -> "Perturbed":
         """One slice, rebuilt from one of `_slices`."""
         value, probe, scale, moved = part
-        sliced = iter(moved)
         signs = tuple(
             Signs(
                 signs.origins,
                 tuple(axis - 1 for axis in signs.axes if axis != 0),
-                next(sliced) if 0 in signs.axes else signs.values,
+                signs.values if own is None else own,
             )
-            for signs in self.signs
+            for signs, own in zip(self.signs, moved, strict=True)
         )
         scale = self.scale if scale is None else scale.reshape(())
-        return dataclasses.replace(
-            self._in_loop(), value=value, probe=probe, scale=scale, signs=signs
-        )
+        changes = {"value": value, "probe": probe, "scale": scale, "signs": signs}
+        return dataclasses.replace(self._in_loop(), **changes)

@@ -38,7 +38,7 @@ QUICK = (FISHER, EXACT, "matfree")
 #: gradients, and is left out.
 XTRACE_LAYERS = 8
 #: Estimates that a reference is the mean of: of the Gauss-Newton trace and the Hessian's.
-REFERENCE = {"moons": (0, 4000), "mlp": (0, 500), "cnn": (0, 500), "transformer": (300, 40)}
+REFERENCE = {"moons": (0, 4000), "mlp": (0, 500), "cnn": (0, 500), "transformer": (100, 20)}
 QUICK_REFERENCE = {"moons": (2, 2), "mlp": (2, 2)}
 
 
@@ -87,6 +87,7 @@ def makers() -> dict[str, Maker]:
         "curvlinops XTrace, 16 products": _of_few_layers(
             _torch.curvlinops_blocks(operator, "xtrace", 16)
         ),
+        "BackPACK, diagonal by layer": _torch.backpack_diagonal(),
     }
 
 

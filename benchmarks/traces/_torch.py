@@ -99,6 +99,17 @@ def curvlinops_blocks(kind: str, method: str = "hutchinson_trace", products: int
     return _in_torch("curvlinops", make)
 
 
+def backpack_diagonal() -> Maker:
+    """BackPACK's Monte-Carlo diagonal of the Gauss-Newton matrix."""
+
+    def make(model: "TorchModel") -> Callable[[], list[float]]:
+        from benchmarks.traces import _backpack
+
+        return _backpack.diagonal(model)
+
+    return _in_torch("backpack", make)
+
+
 def _pyhessian(num_probes: int) -> Callable[["TorchModel"], Callable[[], list[float]]]:
     """Its product with the Hessian and its signs; its own trace adds all layers up."""
 

@@ -18,7 +18,7 @@ from lama_optax import exact_trace, flipout, gauss_newton, hutchinson, lama_scal
 from lama_optax._jaxpr.interpret import names_in
 from lama_optax._jaxpr.weights import follow
 
-pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation")]
+pytestmark = pytest.mark.standard_promotion
 SCOPES = ("joint", "block")
 
 

@@ -8,7 +8,7 @@ import pytest
 from fuzz import compare
 from fuzz.program import PARTS, program
 
-pytestmark = pytest.mark.usefixtures("x64", "fast_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 
 NUM_PROGRAMS = 220
 # Every part once, in few programs that compile fast.

@@ -6,16 +6,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.workbench._jobs import Models, Settings, common_settings, finish, parser
 
 
 @dataclasses.dataclass(frozen=True)
 class CostSettings:
-    """The common settings, and where the results of `benchmarks.traces` are."""
+    """The common settings, where the results of `benchmarks.traces` are, and what to measure."""
 
     common: Settings
     traces: Path
+    only: str | None
 
 
 def parse(argv: Sequence[str] | None = None) -> CostSettings:
@@ -32,8 +34,14 @@ def parse(argv: Sequence[str] | None = None) -> CostSettings:
         default=Path("results/traces"),
         help="results of benchmarks.traces, for the lines that need them (default results/traces)",
     )
+    command_line.add_argument(
+        "--only",
+        choices=("steps", "tracking"),
+        default=None,
+        help="measure only LAMA's and others' steps, or only track_curvature's (default: both)",
+    )
     options: argparse.Namespace = command_line.parse_args(argv)
-    return CostSettings(common_settings(command_line, options), options.traces)
+    return CostSettings(common_settings(command_line, options), options.traces, options.only)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: CostSettings) -> None:
-    from benchmarks.cost import _adahessian, _floor, _growth, _memory, _moons, _steps
+    from benchmarks.cost import _adahessian, _floor, _growth, _memory, _moons, _steps, _tracking
+    from benchmarks.cost import _tracking_report as tracking
     from benchmarks.cost._figures import draw_all
     from benchmarks.cost._report import report
     from benchmarks.cost._summary import lines, summarize
@@ -54,23 +63,32 @@ def _run(settings: CostSettings) -> None:
     common = settings.common
     models = Models(common)
     store = Store(common.results / "measurements.jsonl", context())
-    jobs = [
-        *_steps.jobs(common, models),
-        *_floor.jobs(common, models),
-        *_adahessian.jobs(common, models),
-        *_memory.jobs(common, models),
-        *_growth.jobs(common),
-        *_moons.jobs(common),
-    ]
-    outcomes = run_jobs(store, jobs, "benchmarks.cost")
-    summary = summarize(outcomes, models, common.quick)
-    found = settings.traces / "results.json"
-    summary["lines"] = lines(summary, json.loads(found.read_text()) if found.exists() else None)
-    text = report(summary)
-    save_json(common.results / "results.json", {"context": store.context, **summary})
-    (common.results / "results.txt").write_text(text + "\n")
-    draw_all(common.results, summary)
-    print(f"\n{text}\n\nTables and pictures are in {common.results}/.")
+
+    def save(name: str, summary: dict[str, Any], text: str) -> None:
+        save_json(common.results / f"{name}.json", {"context": store.context, **summary})
+        (common.results / f"{name}.txt").write_text(text + "\n")
+        print(f"\n{text}\n\nTables and pictures are in {common.results}/.")
+
+    if settings.only != "tracking":
+        jobs = [
+            *_steps.jobs(common, models),
+            *_floor.jobs(common, models),
+            *_adahessian.jobs(common, models),
+            *_memory.jobs(common, models),
+            *_growth.jobs(common),
+            *_moons.jobs(common),
+        ]
+        outcomes = run_jobs(store, jobs, "benchmarks.cost")
+        summary = summarize(outcomes, models, common.quick)
+        found = settings.traces / "results.json"
+        summary["lines"] = lines(summary, json.loads(found.read_text()) if found.exists() else None)
+        save("results", summary, report(summary))
+        draw_all(common.results, summary)
+    if settings.only != "steps":
+        jobs = list(_tracking.jobs(common, models))
+        outcomes = run_jobs(store, jobs, "benchmarks.cost, track_curvature")
+        summary = tracking.summarize(outcomes, models)
+        save("tracking", summary, tracking.report(summary))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,24 @@
 """Measures, prints the tables, writes the pictures: the door of `python -m benchmarks.traces`."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from benchmarks.workbench._jobs import Settings, common_settings, finish, parser
 
+MATRICES = ("hessian", "gauss-newton")
 
-def parse(argv: Sequence[str] | None = None) -> Settings:
+
+@dataclasses.dataclass(frozen=True)
+class TracesSettings:
+    """The common settings, and the matrices whose traces are estimated."""
+
+    common: Settings
+    matrices: tuple[str, ...]
+
+
+def parse(argv: Sequence[str] | None = None) -> TracesSettings:
     """Reads the command line; a wrong option ends the program with a message that names it."""
     command_line = parser(
         "benchmarks.traces",
@@ -14,7 +26,12 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         " library's and its peers', on the same parameters.",
         "results/traces",
     )
-    return common_settings(command_line, command_line.parse_args(argv))
+    command_line.add_argument(
+        "--matrix", choices=MATRICES, default=None, help="whose traces (default: both)"
+    )
+    options = command_line.parse_args(argv)
+    matrices = MATRICES if options.matrix is None else (options.matrix,)
+    return TracesSettings(common_settings(command_line, options), matrices)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,24 +40,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return finish(lambda: _run(settings))
 
 
-def _run(settings: Settings) -> None:
-    from benchmarks.traces import _along, _measure
-    from benchmarks.traces._figures import draw_all
+def _run(settings: TracesSettings) -> None:
+    from benchmarks.traces import _along, _gauss_newton, _gauss_newton_report, _measure
+    from benchmarks.traces import _figures as figures
     from benchmarks.traces._report import report
     from benchmarks.traces._summary import summarize
     from benchmarks.workbench._environment import context
     from benchmarks.workbench._jobs import Models, run_jobs
     from benchmarks.workbench._store import Store, save_json
 
-    models = Models(settings)
-    store = Store(settings.results / "measurements.jsonl", context())
-    jobs = [*_measure.jobs(settings, models), *_along.jobs(settings, models)]
-    summary = summarize(run_jobs(store, jobs, "benchmarks.traces"), models)
-    text = report(summary)
-    save_json(settings.results / "results.json", {"context": store.context, **summary})
-    (settings.results / "results.txt").write_text(text + "\n")
-    draw_all(settings.results, summary)
-    print(f"\n{text}\n\nTables and pictures are in {settings.results}/.")
+    common = settings.common
+    models = Models(common)
+    store = Store(common.results / "measurements.jsonl", context())
+
+    def save(name: str, summary: dict[str, Any], text: str) -> None:
+        save_json(common.results / f"{name}.json", {"context": store.context, **summary})
+        (common.results / f"{name}.txt").write_text(text + "\n")
+        print(f"\n{text}\n\nTables and pictures are in {common.results}/.")
+
+    if "hessian" in settings.matrices:
+        jobs = [*_measure.jobs(common, models), *_along.jobs(common, models)]
+        summary = summarize(run_jobs(store, jobs, "benchmarks.traces"), models)
+        save("results", summary, report(summary))
+        figures.draw_all(common.results, summary)
+    if "gauss-newton" in settings.matrices:
+        jobs = list(_gauss_newton.jobs(common, models))
+        outcomes = run_jobs(store, jobs, "benchmarks.traces, Gauss-Newton")
+        summary = _gauss_newton_report.summarize(outcomes, models)
+        save("gauss_newton", summary, _gauss_newton_report.report(summary))
+        figures.draw_work(common.results, "gauss_newton.png", summary)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,11 @@ def draw_all(folder: Path, summary: dict[str, Any]) -> None:
     save_all(folder, figures)
 
 
+def draw_work(folder: Path, name: str, summary: dict[str, Any]) -> None:
+    """Draws accuracy against time alone."""
+    save_all(folder, {name: functools.partial(_work, summary["models"])})
+
+
 def _axes(count: int, width: float, height: float) -> tuple[Figure, list[Any]]:
     columns = min(2, count)
     rows = math.ceil(count / columns)

@@ -16,6 +16,7 @@ from benchmarks.workbench._environment import NOT_INSTALLED
 from benchmarks.workbench._models import Batch, Model, Params
 from lama_optax import (
     Estimator,
+    fisher,
     flipout,
     gauss_newton,
     hutchinson,
@@ -42,8 +43,17 @@ OURS: dict[str, Estimator] = {
     "flipout block, K=10": flipout(10, scope="block"),
     EXACT: gauss_newton(),
 }
+#: Of the Gauss-Newton matrix; `gauss_newton`, without variance, is in both tables.
+FISHER, TEN_SAMPLES = "fisher", "fisher, 10 samples"
+OF_GAUSS_NEWTON: dict[str, Estimator] = {
+    FISHER: fisher(1),
+    TEN_SAMPLES: fisher(10),
+    EXACT: gauss_newton(),
+}
 #: Labels of all our own rows.
-OWN = (*OURS, QUARTER)
+OWN = (*OURS, QUARTER, *OF_GAUSS_NEWTON)
+#: The product of a matrix of curvature with v, at a point of which ``merge`` makes parameters.
+Products = Callable[[Model, Callable[[Any], Params], Any, Batch], Callable[[Any], Any]]
 
 
 def ours(estimator: Estimator, part: int = 1) -> Maker:
@@ -74,21 +84,29 @@ def ours(estimator: Estimator, part: int = 1) -> Maker:
             )
             return found.mean * found.size
 
-        return _compile(model, estimate)
+        return compiled(model, estimate)
 
     return make
 
 
 def makers() -> dict[str, Maker]:
-    """Every contender that runs in JAX."""
+    """Every contender that estimates the Hessian's traces in JAX."""
     return {label: ours(estimator) for label, estimator in OURS.items()} | {
         QUARTER: ours(flipout(1, scope="joint"), part=4),
-        "matfree": _matfree(1),
-        "matfree, K=10": _matfree(10),
+        "matfree": matfree(1, hessian),
+        "matfree, K=10": matfree(10, hessian),
         "traceax, v * Hv by layer": _traceax_joint,
-        "traceax, a layer at a time": _traceax_blocks("hutchinson"),
-        "traceax XTrace, 16 products": _traceax_blocks("xtrace"),
+        "traceax, a layer at a time": traceax_blocks("hutchinson", hessian),
+        "traceax XTrace, 16 products": traceax_blocks("xtrace", hessian),
     }
+
+
+def hessian(
+    model: Model, merge: Callable[[Any], Params], at: Any, batch: Batch
+) -> Callable[[Any], Any]:
+    """Forwards over backwards, as users write it."""
+    gradient = jax.grad(lambda x: model.task.loss_fn(merge(x), batch))
+    return lambda v: jax.jvp(gradient, (at,), (v,))[1]
 
 
 def sums_by_layer(model: Model, tree: Params) -> jax.Array:
@@ -105,24 +123,27 @@ def layer_of(path: Any) -> str:
     return "/".join(entry.key for entry in path[1:-1])
 
 
-def _compile(model: Model, function: Callable[[Params, Batch, jax.Array], jax.Array]) -> Estimate:
+def compiled(model: Model, function: Callable[[Params, Batch, jax.Array], jax.Array]) -> Estimate:
+    """The function of (params, batch, key) as one of a seed."""
+
     def of_seed(params: Params, batch: Batch, seed: jax.Array) -> jax.Array:
         return function(params, batch, jax.random.key(seed))
 
-    compiled = jax.jit(of_seed).lower(model.params, model.batch, jnp.uint32(0)).compile()
-    return lambda seed: np.asarray(compiled(model.params, model.batch, np.uint32(seed)))
+    program = jax.jit(of_seed).lower(model.params, model.batch, jnp.uint32(0)).compile()
+    return lambda seed: np.asarray(program(model.params, model.batch, np.uint32(seed)))
 
 
-def _require(package: str) -> None:
+def require(package: str) -> None:
+    """Raises `ModuleNotFoundError` where ``package`` is not installed."""
     if importlib.util.find_spec(package) is None:
         raise ModuleNotFoundError(NOT_INSTALLED)
 
 
-def _matfree(num_probes: int) -> Maker:
+def matfree(num_probes: int, products: Products) -> Maker:
     """Its Monte-Carlo estimator with signs; the integrand sums v * Hv by layer."""
 
     def make(model: Model) -> Estimate:
-        _require("matfree")
+        require("matfree")
         from matfree import stochtrace
 
         diagonal = stochtrace.monte_carlo_diagonal()
@@ -131,13 +152,11 @@ def _matfree(num_probes: int) -> Maker:
             return sums_by_layer(model, diagonal(matvec, v))
 
         def estimate(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-            gradient = jax.grad(lambda p: model.task.loss_fn(p, batch))
             sampler = stochtrace.sampler_signs(params, num=num_probes)
-            return stochtrace.estimator_monte_carlo(integrand, sampler)(
-                lambda v: jax.jvp(gradient, (params,), (v,))[1], key
-            )
+            estimator = stochtrace.estimator_monte_carlo(integrand, sampler)
+            return estimator(products(model, lambda p: p, params, batch), key)
 
-        return _compile(model, estimate)
+        return compiled(model, estimate)
 
     return make
 
@@ -149,7 +168,7 @@ def _signs(traceax: Any) -> Any:
 
 def _traceax_joint(model: Model) -> Estimate:
     """Its sampler and an operator of the whole Hessian; it returns no parts of a trace itself."""
-    _require("traceax")
+    require("traceax")
     import lineax
     import traceax
 
@@ -162,19 +181,19 @@ def _traceax_joint(model: Model) -> Estimate:
         v = _signs(traceax)(key, flat.size, 1)[:, 0]
         return sums_by_layer(model, unravel(v * operator.mv(v)))
 
-    return _compile(model, estimate)
+    return compiled(model, estimate)
 
 
-def _traceax_blocks(method: str) -> Maker:
+def traceax_blocks(method: str, products: Products) -> Maker:
     """Its estimators, as they are called, on one operator for each layer's Hessian block."""
 
     def make(model: Model) -> Estimate:
-        _require("traceax")
+        require("traceax")
         import lineax
         import traceax
 
         names = layer_names(model.params)
-        estimator, products = {
+        estimator, num_products = {
             "hutchinson": (traceax.HutchinsonEstimator(_signs(traceax)), 1),
             "xtrace": (traceax.XTraceEstimator(), 16),
         }[method]
@@ -183,20 +202,18 @@ def _traceax_blocks(method: str) -> Maker:
             traces = []
             for number, name in enumerate(names):
                 flat, merge = _block(params, name)
-                gradient = jax.grad(lambda x, merge=merge: model.task.loss_fn(merge(x), batch))
                 operator = lineax.FunctionLinearOperator(
-                    lambda v, at=flat, gradient=gradient: jax.jvp(gradient, (at,), (v,))[1],
-                    jax.eval_shape(lambda at=flat: at),
+                    products(model, merge, flat, batch), jax.eval_shape(lambda at=flat: at)
                 )
                 # XTrace's products must be fewer than the layer's parameters.
-                count = min(products, 2 * (flat.size // 4))
+                count = min(num_products, 2 * (flat.size // 4))
                 trace, _ = estimator(jax.random.fold_in(key, number), operator, max(1, count))
                 traces.append(trace)
                 # XLA cannot know that this is always the same: else it holds all products at once.
                 key = jax.random.fold_in(key, jnp.isinf(trace))
             return jnp.stack(traces)
 
-        return _compile(model, estimate)
+        return compiled(model, estimate)
 
     return make
 

@@ -5,16 +5,17 @@ The results are running sums, so that blocks of rounds add up whatever was inter
 
 import dataclasses
 import functools
+import math
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from benchmarks.traces import _jax, _torch
-from benchmarks.traces._jax import Estimate
+from benchmarks.traces._jax import Estimate, Maker
 from benchmarks.workbench._jobs import Job, Models, Settings
 from benchmarks.workbench._models import Model
 from benchmarks.workbench._steps import ADAM, GIVEN, Step, default_flipout, first_order
@@ -63,17 +64,16 @@ def rounds(quick: bool) -> Rounds:
 def jobs(settings: Settings, models: Models) -> Iterator[Job]:
     """Units of the sections ``"traces"`` and ``"steps"``."""
     how = rounds(settings.quick)
+    makers = _jax.makers() | _torch.makers()
+    if settings.quick:
+        makers = {label: make for label, make in makers.items() if label in QUICK}
     for name, task in models.tasks.items():
-        contenders = _Contenders(models, name, how, settings)
+        contenders = Contenders(models, name, makers, how, settings.seed)
+        shared = {"model": name, "task": describe(task), "seed": settings.seed}
+        unit = {"section": "compile", "matrix": "hessian", "contenders": list(makers), **shared}
+        yield Job(unit, contenders.compile_seconds)
         for block in range(how.blocks):
-            unit = {
-                "section": "traces",
-                "model": name,
-                "task": describe(task),
-                "block": block,
-                "seed": settings.seed,
-                **dataclasses.asdict(how),
-            }
+            unit = {"section": "traces", **shared, "block": block, **dataclasses.asdict(how)}
             yield Job(unit, functools.partial(contenders.measure, block))
         count = 2 if settings.quick else STEP_ROUNDS
         unit = {"section": "steps", "model": name, "task": describe(task), "rounds": count}
@@ -92,46 +92,67 @@ def _steps(models: Models, name: str, rounds: int, seed: int) -> dict[str, list[
     return interleave(visits, rounds, STEP_WINDOW, seed)
 
 
-class _Contenders:
-    """All contenders on one model, built when the first block is measured."""
+class Contenders:
+    """All contenders on one model, built when they are first needed."""
 
-    def __init__(self, models: Models, name: str, how: Rounds, settings: Settings):
-        self._models, self._name, self._how, self._settings = models, name, how, settings
+    def __init__(
+        self,
+        models: Models,
+        name: str,
+        makers: Mapping[str, Maker],
+        how: Rounds,
+        seed: int,
+        compared: Sequence[str] | None = None,
+        steps: Sequence[str] = STEPS,
+    ):
+        """``compared``: labels whose standard errors are compared; by default the Hessian's."""
+        self._models, self._name, self._makers, self._how = models, name, makers, how
+        self._seed, self._compared, self._steps = seed, compared, steps
 
     @property
     def _model(self) -> Model:
         return self._models[self._name]
 
     @functools.cached_property
-    def _built(self) -> dict[str, Any]:
-        """Estimates by label, or the words of what kept a contender from working."""
+    def _built(self) -> dict[str, tuple[Any, float]]:
+        """By label: the estimate, or the words of what kept it from working; seconds to build."""
         model = self._model
-        makers = _jax.makers() | _torch.makers()
-        if self._settings.quick:
-            makers = {label: make for label, make in makers.items() if label in QUICK}
-        built: dict[str, Any] = {}
-        for label, make in makers.items():
+        jobs: dict[str, Callable[[], Estimate]] = {
+            label: functools.partial(make, model) for label, make in self._makers.items()
+        }
+        jobs[GRADIENT] = lambda: _as_estimate(_gradient(model))
+        for label in self._steps:
+            jobs[label] = functools.partial(_step, model, label)
+        if any(in_torch(label) for label in jobs):
+            jobs[TORCH_GRADIENT] = lambda: _as_estimate(_torch.gradient(model))
+        built: dict[str, tuple[Any, float]] = {}
+        for label, make in jobs.items():
+            began = time.perf_counter()
             # A peer that fails is a result, whatever it raises.
             try:
-                built[label] = _checked(make(model))
+                estimate: Any = make()
+                seconds = time.perf_counter() - began
+                if not np.isfinite(estimate(0)).all():
+                    raise FloatingPointError("the estimate is not finite")
             except Exception as error:
-                built[label] = f"{type(error).__name__}: {error}".splitlines()[0]
-        built[GRADIENT] = _as_estimate(_gradient(model))
-        for label in STEPS:
-            built[label] = _as_estimate(Step(model, first_order()[label]).endless())
-        if not self._settings.quick:
-            try:
-                built[TORCH_GRADIENT] = _as_estimate(_torch.gradient(model))
-            except ModuleNotFoundError as error:
-                built[TORCH_GRADIENT] = str(error)
+                estimate = f"{type(error).__name__}: {error}".splitlines()[0]
+                seconds = math.nan
+            built[label] = estimate, seconds
         return built
+
+    def compile_seconds(self) -> dict[str, float]:
+        """Seconds to trace and compile each contender that runs in JAX."""
+        return {label: s for label, (_, s) in self._built.items() if not in_torch(label)}
 
     @functools.cached_property
     def _shares(self) -> dict[str, float]:
         """Visits in a round: 1, or less for the slow."""
         how, shares = self._how, {}
-        compared = (_jax.TEN_PROBES, default_flipout(len(layer_names(self._model.params))))
-        for label, estimate in self._built.items():
+        compared = self._compared
+        if compared is None:
+            flipout = default_flipout(len(layer_names(self._model.params)))
+            compared = (_jax.TEN_PROBES, flipout)
+        for label, (estimate, _) in self._built.items():
             if not isinstance(estimate, str):
                 began = time.perf_counter()
                 estimate(0)
@@ -144,7 +165,7 @@ class _Contenders:
     def measure(self, block: int) -> dict[str, Any]:
         """Each contender's times and the sums of its estimates, over one block of rounds."""
         how = self._how
-        rng = np.random.default_rng([self._settings.seed, block])
+        rng = np.random.default_rng([self._seed, block])
         sums = {label: Sums(self._seeds(label, block)) for label in self._shares}
         labels = list(sums)
         for number in range(block * how.rounds, (block + 1) * how.rounds):
@@ -152,13 +173,13 @@ class _Contenders:
                 label = labels[i]
                 share = self._shares[label]
                 if int((number + 1) * share + 1e-9) > int(number * share + 1e-9):
-                    sums[label].visit(self._built[label], how.window)
-        failed = {k: {"error": v} for k, v in self._built.items() if isinstance(v, str)}
+                    sums[label].visit(self._built[label][0], how.window)
+        failed = {k: {"error": v} for k, (v, _) in self._built.items() if isinstance(v, str)}
         return {label: found.result() for label, found in sums.items()} | failed
 
     def _seeds(self, label: str, block: int) -> Iterator[int]:
         """Seeds that no other contender, block or run seed shares."""
-        stream = [self._settings.seed, block, zlib.crc32(label.encode())]
+        stream = [self._seed, block, zlib.crc32(label.encode())]
         rng = np.random.default_rng(stream)
         while True:
             yield int(rng.integers(2**32))
@@ -198,20 +219,22 @@ class Sums:
         }
 
 
-def _checked(estimate: Estimate) -> Estimate:
-    """Calls once, so that what does not work fails here, and what compiles has compiled."""
-    if not np.isfinite(estimate(0)).all():
-        raise FloatingPointError("the estimate is not finite")
-    return estimate
-
-
 def _as_estimate(work: Callable[[], object]) -> Estimate:
     def estimate(seed: int) -> np.ndarray:
         del seed
         work()
         return np.zeros(())
 
-    return _checked(estimate)
+    return estimate
+
+
+def in_torch(label: str) -> bool:
+    """Whether the contender's time is to be compared with PyTorch's gradient."""
+    return label.startswith(("curvlinops", "PyHessian", "BackPACK")) or label == TORCH_GRADIENT
+
+
+def _step(model: Model, label: str) -> Estimate:
+    return _as_estimate(Step(model, first_order()[label]).endless())
 
 
 def _gradient(model: Model) -> Callable[[], object]:

@@ -25,11 +25,11 @@ MAX_COLUMNS = 4
 
 NOTES = """\
 In all tables of contenders
-n: independent estimates. gradients: time over that of a gradient in the same framework, median
-over blocks of rounds in which all took turns. sd: standard deviation of one estimate over the
-layer's trace. work: time x variance, over that of `flipout()`, median over the layers;
-above 1 is more work to the same standard error. z: largest distance, over the layers, of the mean
-from the best known trace, in standard errors; a biased estimator's grows with n.
+compile: tracing and compilation. n: independent estimates. gradients: time over that of a gradient
+in the same framework, median over blocks of rounds in which all took turns. sd: standard deviation
+of one estimate over the layer's trace. work: time x variance, over that of `flipout()`, median over
+the layers; above 1 is more work to the same standard error. z: largest distance, over the layers,
+of the mean from the best known trace, in standard errors; a biased estimator's grows with n.
 gauss_newton has no variance; where it works, in networks of ReLU, it is the best known trace."""
 
 
@@ -37,10 +37,11 @@ def report(summary: dict[str, Any]) -> str:
     """All tables, in the order in which their questions arise."""
     sections = []
     for model in summary["models"].values():
-        sections.append(_contenders(model))
+        sections.append(contenders(model, model["flipout"]))
         if len(model["layers"]) > MAX_COLUMNS:
             sections.append(_layers(model))
-        sections += [_peers(model), _telemetry(model)]
+        chosen = default_flipout(len(model["layers"]))
+        sections += [peers(model, SHOWN, chosen), _telemetry(model)]
         if "along" in model:
             sections.append(_along(model))
     sections.append(NOTES)
@@ -50,17 +51,20 @@ def report(summary: dict[str, Any]) -> str:
     return "\n\n".join(sections)
 
 
-def _contenders(model: dict[str, Any]) -> str:
+def contenders(model: dict[str, Any], base: str) -> str:
+    """Time and variance of all contenders; ``base`` has work 1."""
     merged, names = model["contenders"], model["layers"]
     many = len(names) > MAX_COLUMNS
     columns = ["sd least", "median", "most"] if many else [f"sd {name}" for name in names]
-    header = ["", "n", "ms", "gradients", *columns, "work", "z"]
+    header = ["", "compile, s", "n", "ms", "gradients", *columns, "work", "z"]
     rows: list[Sequence[str]] = []
     for label, found in merged.items():
         if "error" in found:
             rows.append([f"{label}: {found['error']}", *[""] * (len(header) - 1)])
             continue
-        timing = [str(found["count"]), f"{1e3 * found['median_seconds']:.3g}", ""]
+        seconds = model["compile"].get(label)
+        timing = ["" if seconds is None else f"{seconds:.1f}", str(found["count"])]
+        timing += [f"{1e3 * found['median_seconds']:.3g}", ""]
         if found["gradients"] is not None and label not in (GRADIENT, TORCH_GRADIENT):
             timing[-1] = f"{found['gradients'].median:.2f}"
         if "sd" not in found:
@@ -68,7 +72,7 @@ def _contenders(model: dict[str, Any]) -> str:
             continue
         sd = found["sd"]
         shown = [sd.min(), np.median(sd), sd.max()] if many else sd
-        work = np.median(found["work"] / merged[model["flipout"]]["work"])
+        work = np.median(found["work"] / merged[base]["work"])
         digits = [f"{x:.3f}" if x else "0" for x in shown]
         row = [label, *timing, *digits, f"{work:.3g}"]
         rows.append([*row, f"{found['largest_z']:.1f}"])
@@ -93,17 +97,17 @@ def _layers(model: dict[str, Any]) -> str:
     return f"The same by layer: trace, and sd relative to it\n{table(['', 'trace', *shown], rows)}"
 
 
-def _peers(model: dict[str, Any]) -> str:
+def peers(model: dict[str, Any], labels: Sequence[str], chosen: str) -> str:
+    """How much more work each peer needs than ours of ``labels``; ``chosen`` is summed up."""
     merged = model["contenders"]
-    shown = {label: merged[label] for label in SHOWN if label in merged}
-    peers = list(shown["flipout block"]["vs_peers"])
-    if not peers:
+    shown = {label: merged[label] for label in labels if label in merged}
+    found = list(merged[chosen]["vs_peers"])
+    if not found:
         return "No peer is installed: pip install '.[peers]'"
     rows = []
-    for peer in peers:
-        units = [found["vs_peers"][peer] for found in shown.values()]
+    for peer in found:
+        units = [own["vs_peers"][peer] for own in shown.values()]
         rows.append([peer, *(f"{u['seconds']:.3g} / {u['gradients']:.3g}" for u in units)])
-    chosen = default_flipout(len(model["layers"]))
     best = best_peer(merged[chosen])
     assert best is not None
     return (

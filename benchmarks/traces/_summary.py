@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.traces._along import DECAYS, INTERVALS, NUM_PROBES, held
 from benchmarks.traces._jax import EXACT, OWN, QUARTER, TEN_PROBES
-from benchmarks.traces._measure import GRADIENT, STEPS, TORCH_GRADIENT
+from benchmarks.traces._measure import GRADIENT, STEPS, TORCH_GRADIENT, in_torch
 from benchmarks.workbench._jobs import Models, Outcome
 from benchmarks.workbench._steps import ADAM, GIVEN, default_flipout
 from benchmarks.workbench._timing import Spread, paired_ratio
@@ -28,9 +28,10 @@ def summarize(outcomes: Sequence[Outcome], models: Models) -> dict[str, Any]:
         blocks = [r for u, r in outcomes if u["section"] == "traces" and u["model"] == name]
         chunks = [r for u, r in outcomes if u["section"] == "along" and u["model"] == name]
         layers = layer_names(models[name].params)
-        found = _contenders(blocks, len(layers))
+        found = contenders(blocks, len(layers))
         by_model[name] = {"title": task.title, "layers": layers, **found}
         by_model[name]["flipout"] = default_flipout(len(layers))
+        by_model[name]["compile"] = compile_seconds(outcomes, "hessian", name)
         (steps,) = (r for u, r in outcomes if u["section"] == "steps" and u["model"] == name)
         by_model[name]["without_estimate"] = paired_ratio(steps, GIVEN, ADAM)
         by_model[name]["telemetry"] = _telemetry(by_model[name])
@@ -44,34 +45,43 @@ def is_peer(label: str) -> bool:
     return label not in OWN and label not in (GRADIENT, TORCH_GRADIENT, *STEPS)
 
 
-def in_torch(label: str) -> bool:
-    """Whether the contender's time is to be compared with PyTorch's gradient."""
-    return label.startswith(("curvlinops", "PyHessian"))
+def compile_seconds(outcomes: Sequence[Outcome], matrix: str, model: str) -> dict[str, float]:
+    """Seconds to compile the contenders of a matrix; empty where they were not measured."""
+    wanted = {"section": "compile", "matrix": matrix, "model": model}
+    return next((r for u, r in outcomes if wanted.items() <= u.items()), {})
 
 
-def _contenders(blocks: Sequence[dict[str, Any]], num_layers: int) -> dict[str, Any]:
-    merged = {label: _merge([block[label] for block in blocks]) for label in blocks[0]}
+def contenders(
+    blocks: Sequence[dict[str, Any]],
+    num_layers: int,
+    reference: tuple[np.ndarray, np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """All contenders, held against a reference (traces, standard errors) or the best of them."""
+    merged = {label: merge([block[label] for block in blocks]) for label in blocks[0]}
     estimates = {
         label: found
         for label, found in merged.items()
         if "error" not in found and np.ndim(found["mean"])
     }
     # Of each layer, the mean that is known best.
-    errors = np.stack([_std_error(found) for found in estimates.values()])
+    errors = np.stack([std_error(found) for found in estimates.values()])
     means = np.stack([found["mean"] for found in estimates.values()])
     best = np.nanargmin(errors, axis=0)
     trace, error = means[best, range(num_layers)], errors[best, range(num_layers)]
+    if reference is not None:
+        trace, error = reference
     for label, found in merged.items():
         if "error" in found:
             continue
-        reference = merged[TORCH_GRADIENT if in_torch(label) else GRADIENT]
-        found["gradients"] = _block_ratios(found, reference)
+        gradient = merged[TORCH_GRADIENT if in_torch(label) else GRADIENT]
+        found["gradients"] = _block_ratios(found, gradient)
         if label not in estimates:
             continue
         found["sd"] = np.sqrt(found["squares"] / (found["count"] - 1)) / abs(trace)
-        own = np.asarray([label == list(estimates)[i] for i in best])
+        is_best = [label == list(estimates)[i] for i in best]
+        own = np.asarray(is_best) & (reference is None)
         with np.errstate(invalid="ignore"):  # 0/0 where this is the exact one
-            apart = abs(found["mean"] - trace) / np.hypot(_std_error(found), error)
+            apart = abs(found["mean"] - trace) / np.hypot(std_error(found), error)
         found["largest_z"] = float(np.max(np.where(own, 0, apart)))
         found["work"] = found["median_seconds"] * found["sd"] ** 2
     for label in estimates:
@@ -80,7 +90,7 @@ def _contenders(blocks: Sequence[dict[str, Any]], num_layers: int) -> dict[str, 
     return {"trace": trace, "trace_error": error, "contenders": merged}
 
 
-def _merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Adds up the running sums of several blocks (Chan et al.)."""
     if any("error" in part for part in parts):
         return {"error": next(part["error"] for part in parts if "error" in part)}
@@ -94,7 +104,7 @@ def _merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         mean = mean + step * (part["count"] / total)
         count = total
     medians = [float(np.median(p["seconds"])) if p["seconds"] else math.nan for p in parts]
-    seconds = [s for part in parts for s in part["seconds"]]
+    seconds = [s for part in parts for s in part["seconds"]] or [math.nan]
     return {
         "count": count,
         "mean": mean,
@@ -105,7 +115,8 @@ def _merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _std_error(found: dict[str, Any]) -> np.ndarray:
+def std_error(found: dict[str, Any]) -> np.ndarray:
+    """Of the mean of a contender's estimates."""
     count = found["count"]
     if count < 2:
         return np.full_like(np.asarray(found["mean"], np.float64), np.inf)

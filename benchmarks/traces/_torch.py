@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 
 def makers() -> dict[str, Maker]:
-    """Every contender that runs in PyTorch."""
+    """Every contender that estimates the Hessian's traces in PyTorch."""
+    hessian = "HessianLinearOperator"
     return {
-        "curvlinops, diagonal by layer": _in_torch("curvlinops", _curvlinops_diagonal),
-        "curvlinops, a layer at a time": _in_torch("curvlinops", _curvlinops_blocks),
+        "curvlinops, diagonal by layer": curvlinops_diagonal(hessian),
+        "curvlinops, a layer at a time": curvlinops_blocks(hessian),
         "PyHessian, v * Hv by layer": _in_torch("pyhessian", _pyhessian(1)),
         "PyHessian, K=10": _in_torch("pyhessian", _pyhessian(10)),
     }
@@ -53,38 +54,60 @@ def _in_torch(package: str, make: Callable[["TorchModel"], Callable[[], list[flo
     return made
 
 
-def _operator(model: "TorchModel", parameters: list[Any]) -> Any:
-    from curvlinops import HessianLinearOperator
+def _operator(kind: str, model: "TorchModel", parameters: list[Any]) -> Any:
+    import curvlinops
 
     data = [(model.inputs, model.targets)]
     # The check costs several products; the losses were compared when the model was built.
-    return HessianLinearOperator(
+    return getattr(curvlinops, kind)(
         model.network, model.criterion, parameters, data, check_deterministic=False
     )
 
 
-def _curvlinops_diagonal(model: "TorchModel") -> Callable[[], list[float]]:
-    """Its Hutchinson diagonal of the whole Hessian, summed by layer."""
-    from curvlinops import hutchinson_diag
+def curvlinops_diagonal(kind: str) -> Maker:
+    """Its Hutchinson diagonal of the whole matrix, summed by layer."""
 
-    sizes = [sum(p.numel() for p in layer) for layer in model.network.layers.values()]
+    def make(model: "TorchModel") -> Callable[[], list[float]]:
+        from curvlinops import hutchinson_diag
 
-    def estimate() -> list[float]:
-        diagonal = hutchinson_diag(_operator(model, model.parameters), 1)
-        return [float(part.sum()) for part in diagonal.split(sizes)]
+        sizes = [sum(p.numel() for p in layer) for layer in model.network.layers.values()]
 
-    return estimate
+        def estimate() -> list[float]:
+            diagonal = hutchinson_diag(_operator(kind, model, model.parameters), 1)
+            return [float(part.sum()) for part in diagonal.split(sizes)]
+
+        return estimate
+
+    return _in_torch("curvlinops", make)
 
 
-def _curvlinops_blocks(model: "TorchModel") -> Callable[[], list[float]]:
-    """Its Hutchinson trace of each layer's own operator."""
-    from curvlinops import hutchinson_trace
+def curvlinops_blocks(kind: str, method: str = "hutchinson_trace", products: int = 1) -> Maker:
+    """Its estimators of the trace, of each layer's own operator."""
 
-    def estimate() -> list[float]:
-        layers = model.network.layers.values()
-        return [float(hutchinson_trace(_operator(model, layer), 1)) for layer in layers]
+    def make(model: "TorchModel") -> Callable[[], list[float]]:
+        import curvlinops
 
-    return estimate
+        estimator = getattr(curvlinops, method)
+
+        def trace(layer: list[Any]) -> float:
+            # XTrace's products must be fewer than the layer's parameters.
+            count = min(products, max(1, 2 * (sum(p.numel() for p in layer) // 4)))
+            return float(estimator(_operator(kind, model, layer), count))
+
+        return lambda: [trace(layer) for layer in model.network.layers.values()]
+
+    return _in_torch("curvlinops", make)
+
+
+def backpack_diagonal() -> Maker:
+    """BackPACK's Monte-Carlo diagonal of the Gauss-Newton matrix."""
+
+    def make(model: "TorchModel") -> Callable[[], list[float]]:
+        from benchmarks.traces import _backpack
+
+        return _backpack.diagonal(model)
+
+    return _in_torch("backpack", make)
 
 
 def _pyhessian(num_probes: int) -> Callable[["TorchModel"], Callable[[], list[float]]]:

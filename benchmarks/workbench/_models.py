@@ -13,6 +13,7 @@ import optax
 
 from benchmarks.moons._data import Classifier
 from benchmarks.workbench import _data as data
+from lama_optax import supervised
 
 Params = Any
 Batch = tuple[jax.Array, ...]
@@ -91,9 +92,13 @@ class Task:
         inputs = batch[0][..., :-1] if self.loss == "tokens" else batch[0]
         return jnp.asarray(self.network.apply(params, inputs))
 
+    def targets(self, batch: Batch) -> jax.Array:
+        """What the outputs for a batch, or for one example, are held against."""
+        return batch[0][..., 1:] if self.loss == "tokens" else batch[1]
+
     def output_loss(self, outputs: jax.Array, batch: Batch) -> jax.Array:
         """The mean loss of outputs."""
-        targets = batch[0][..., 1:] if self.loss == "tokens" else batch[1]
+        targets = self.targets(batch)
         if self.loss == "binary":
             return jnp.mean(optax.sigmoid_binary_cross_entropy(outputs, targets))
         losses = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
@@ -102,6 +107,14 @@ class Task:
     def loss_fn(self, params: Params, batch: Batch) -> jax.Array:
         """Mean loss of a batch; of one example, given without the leading axis, its loss."""
         return self.output_loss(self.output_fn(params, batch), batch)
+
+    def supervised(self, batch: Batch) -> dict[str, Any]:
+        """What `lama_optax.supervised` makes of the network and a batch: the same loss."""
+        inputs = batch[0][..., :-1] if self.loss == "tokens" else batch[0]
+        kind = "sigmoid_binary" if self.loss == "binary" else "softmax"
+        loss = f"{kind}_cross_entropy"
+        apply_fn: Any = self.network.apply  # a bound method: equal to itself
+        return supervised(apply_fn, inputs, self.targets(batch), loss=loss)
 
     def minibatch(self, step: int) -> Batch:
         """The batch of a training step: drawn without repeats, from the seed and the step."""

@@ -16,12 +16,14 @@ from benchmarks.workbench._models import Batch, Model, Params
 from benchmarks.workbench._timing import Visit
 from lama_optax import (
     Estimator,
+    fisher,
     flipout,
     hutchinson,
     lama_adam,
     lama_scale,
     layer_curvature,
     layer_names,
+    track_curvature,
 )
 
 LEARNING_RATE = 1e-3
@@ -59,10 +61,10 @@ def first_order() -> dict[str, Contender]:
 
 
 def _carry() -> optax.GradientTransformation:
-    """Does nothing, with a state of what `lama_scale` keeps beside Adam's moments and count."""
+    """Does nothing, with a state of what `lama_scale` keeps beside Adam's moments."""
 
     def init(params: Params) -> Any:
-        return lama_scale().init(params)._replace(count=(), mu=(), nu=())
+        return lama_scale().init(params)._replace(mu=(), nu=())
 
     return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
 
@@ -107,6 +109,22 @@ def with_curvature(intervals: tuple[int, ...] = (1, 10)) -> dict[str, Contender]
     return result
 
 
+def with_tracker() -> dict[str, Contender]:
+    """`optax.adam` alone and with curvature measured beside it; LAMA, which does both, as well."""
+    rate = LEARNING_RATE
+
+    def tracked(estimator: Estimator) -> Contender:
+        tracker = track_curvature(estimator, update_interval=10)
+        return Contender(optax.chain(tracker, optax.adam(rate)), 10)
+
+    return {
+        ADAM: Contender(optax.adam(rate), 0),
+        "optax.adam, track_curvature(fisher()) every 10": tracked(fisher()),
+        "optax.adam, track_curvature(hutchinson(1)) every 10": tracked(hutchinson(1)),
+        "lama_adam as it comes": Contender(lama_adam(rate), _default_interval(lama_adam)),
+    }
+
+
 def _default_interval(make: Callable[..., Any]) -> int:
     return inspect.signature(make).parameters["update_interval"].default
 
@@ -130,6 +148,7 @@ class Step:
             "obj_fn": value_fn,  # Sophia's word
             "example_value_fn": task.loss_fn,
             "batch": batch,
+            "sampled_losses_fn": task.supervised(batch)["sampled_losses_fn"],
         }
         if self._contender.given:
             extra["curvature"] = jnp.ones(len(layer_names(params)))
@@ -143,14 +162,30 @@ class Step:
         return params, self._tx.init(params)
 
     @functools.cached_property
+    def _program(self) -> tuple[Any, float]:
+        jitted = jax.jit(self.step, donate_argnums=(0, 1))
+        start, batch = self._start, self._model.batch
+        began = time.perf_counter()
+        program = jitted.lower(*start, batch).compile()
+        return program, time.perf_counter() - began
+
+    @property
     def compiled(self) -> Any:
         """The step for the model's batch; old parameters and state make room for the new."""
-        jitted = jax.jit(self.step, donate_argnums=(0, 1))
-        return jitted.lower(*self._start, self._model.batch).compile()
+        return self._program[0]
+
+    @property
+    def compile_seconds(self) -> float:
+        """What tracing and compilation took."""
+        return self._program[1]
 
     def temp_bytes(self) -> int:
         """What the compiled step needs beside its arguments and results."""
         return self.compiled.memory_analysis().temp_size_in_bytes
+
+    def peak_bytes(self) -> int:
+        """What the compiled step needs, and its results."""
+        return peak_bytes(self.compiled)
 
     def run(self, steps: int) -> float:
         """Seconds that ``steps`` take, from the trained parameters and a new state."""
@@ -190,6 +225,12 @@ class Step:
         return visit
 
 
+def peak_bytes(program: Any) -> int:
+    """What a compiled program needs beside its arguments, its results among it."""
+    memory = program.memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+
 def compiled_estimate(model: Model, estimator: Estimator) -> Any:
     """The layers' traces as a compiled function of (params, batch, seed)."""
     loss_fn = model.task.loss_fn
@@ -200,6 +241,7 @@ def compiled_estimate(model: Model, estimator: Estimator) -> Any:
             seed,
             estimator=estimator,
             value_fn=lambda p: loss_fn(p, batch),
+            sampled_losses_fn=model.task.supervised(batch)["sampled_losses_fn"],
             example_value_fn=loss_fn,
             batch=batch,
         )

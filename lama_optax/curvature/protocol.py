@@ -168,7 +168,8 @@ def scalar_objective(
             " of params alone, for instance tx.update(grads, state, params,"
             " value_fn=lambda p: loss_fn(p, batch)), or pass curvature=... A wrapper that passes no"
             " extra arguments on (optax.lookahead, optax.contrib.sam) needs it bound:"
-            " functools.partial(tx.update, value_fn=...)."
+            " functools.partial(tx.update, value_fn=...). Flax's own TrainState passes none on:"
+            " take lama_optax.flax.TrainState."
         )
     if not callable(value_fn):
         raise ValueError(f"value_fn must be a function of params; got {value_fn!r}.")

@@ -16,16 +16,8 @@ _NUM_ESTIMATES = 512
 # other keys.
 _SUSPICIOUS, _BIASED = 3, 5
 _AGAIN = 8
-
-
 # Weights and activations are of the order of one: what is smaller than this is rounding.
 _TINY = 1e-12
-
-
-def quick_jit(function):
-    """`jax.jit` that compiles in a third of the time code that nobody runs for long."""
-    options = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
-    return jax.jit(function, compiler_options=options)
 
 
 class Exact(NamedTuple):
@@ -57,7 +49,7 @@ def exact(program):
         sizes = jnp.einsum("cn,cd,dn->n", *map(jnp.abs, (jacobian, hessian, jacobian)))
         return jnp.einsum("cn,cd,dn->n", jacobian, hessian, jacobian), sizes
 
-    @quick_jit
+    @jax.jit
     def matrices(flat):
         hessian = jax.hessian(mean_loss)(flat)
         examples = jax.vmap(of_example, in_axes=(None, 0))(flat, program.batch)
@@ -88,7 +80,7 @@ def _traces(program, estimator, key):
 
 
 def _flipout(program, scope, found):
-    @quick_jit
+    @jax.jit
     def run(keys):
         return jax.lax.map(lambda key: _traces(program, flipout(2, scope=scope), key), keys)
 
@@ -122,7 +114,7 @@ def _flipout(program, scope, found):
 
 
 def _gauss_newton(program, found):
-    trace, _ = quick_jit(lambda key: _traces(program, gauss_newton(), key))(jax.random.key(0))
+    trace, _ = jax.jit(lambda key: _traces(program, gauss_newton(), key))(jax.random.key(0))
     size = found.gauss_newton_size + 1e-3 * found.gauss_newton_size.sum()
     tolerance = _TINY + (1e-9 + 5 * program.rounding) * size
     return [

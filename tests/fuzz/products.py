@@ -1,4 +1,4 @@
-"""Parts whose weights multiply activations: dense layers, convolutions, attention."""
+"""Parts whose weights multiply activations: dense layers, convolutions, attention, gates."""
 
 import jax
 import jax.numpy as jnp
@@ -212,7 +212,71 @@ def multi_head(r, t, d):
     return form, {"qkv": r(d, 3, 2, 2)}, apply
 
 
+def gated(r, t, d):
+    def glu(p, h):
+        a, b = jnp.split(h @ p["w"] + p["b"][None], 2, axis=-1)
+        return a * jax.nn.sigmoid(b)
+
+    def highway(p, h):
+        gate = jax.nn.sigmoid(h @ p["w"][:, :1])
+        return gate * h + (1 - gate) * (h @ p["w"][:, 1:2]) + p["b"][None, :1]
+
+    def film(p, h):
+        scale, shift = p["w"].mean(0)[:1], p["b"][:1]
+        return (1 + scale[None]) * h + shift[None]
+
+    def sampled(p, h):  # a variational autoencoder's reparametrisation
+        mean, log_scale = jnp.split(h @ p["w"] + p["b"][None], 2, axis=-1)
+        return mean + jnp.exp(log_scale) * jax.random.normal(jax.random.key(0), mean.shape, h.dtype)
+
+    forms = {"glu": glu, "highway": highway, "film": film, "sampled": sampled}
+    form, apply = form_of(r, forms)
+    return form, {"w": r(d, 4), "b": r(4)}, lambda p, h, e: apply(p, h)
+
+
+def scalars(r, t, d):
+    form, apply = form_of(
+        r,
+        {
+            "scale": lambda h, s, e: s * h,
+            "temperature": lambda h, s, e: jax.nn.softmax(h / (0.3 + s**2), axis=-1),
+            "power": lambda h, s, e: (1 + h**2) ** s,
+            "prelu": lambda h, s, e: jnp.where(h > 0, h, s * h),
+            "swish": lambda h, s, e: h * jax.nn.sigmoid(s * h),
+            "gate": lambda h, s, e: h * jnp.tanh(s) + e["s"],
+            "cond": lambda h, s, e: jax.lax.cond(e["s"] > 1, jnp.sin, lambda x: x * x, s * h),
+        },
+    )
+    return form, {"s": r()}, lambda p, h, e: apply(h, p["s"], e)
+
+
+def factors(r, t, d):
+    form, weight = form_of(
+        r,
+        {
+            "low_rank": lambda a, b: jnp.outer(a, b),
+            "low_rank_added": lambda a, b: jnp.eye(d, 2) + a[:, None] @ b[None],
+            "hyper": lambda a, b: jnp.tanh(a[:, None] + b[None]),
+            "kronecker": lambda a, b: jnp.kron(a, b).reshape(d, 2),
+            "circulant": lambda a, b: jnp.stack([a, jnp.roll(a, 1)], -1) * b[None],
+            "diagonal": lambda a, b: jnp.diag(a)[:, :2] * b[None],
+        },
+    )
+    return form, {"a": r(d), "b": r(2)}, lambda p, h, e: h @ weight(p["a"], p["b"])
+
+
 PARTS = {
     part.__name__: part
-    for part in (dense, einsum, token_mixing, conv, conv_other, attention, multi_head)
+    for part in (
+        dense,
+        einsum,
+        token_mixing,
+        conv,
+        conv_other,
+        attention,
+        multi_head,
+        gated,
+        scalars,
+        factors,
+    )
 }

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import others, products
 from .changes import ACTIVATIONS, CHANGES, WRAPPERS
 from .rules import Draw
 
@@ -16,8 +17,12 @@ _MAX_PARAMETERS = 60
 _ROUNDED = {"half": 0.03, "half_precision": 0.1, "reduce_precision": 0.01, "single": 1e-5}
 # What takes a part's own outputs for inputs.
 _REPEATED = ("residual", "twice", "switch", "fori_loop", "scan_remat")
-# What has no bfloat16 in JAX.
-_DOUBLE = ("spectrum", "linear_algebra", "normed_weight")
+# Parts that JAX itself does not take inside of a wrapper: no bfloat16, no complex numbers.
+_REFUSED = {
+    "half_precision": ("spectrum", "linear_algebra", "normed_weight"),
+    "checkpoint": ("spectrum",),
+    "scan_remat": ("spectrum",),
+}
 
 
 @dataclasses.dataclass
@@ -50,7 +55,10 @@ def program(seed):
         "s": jnp.exp(r(batch_size)),
     }
     example = jax.tree.map(lambda x: x[0], batch)
-    wanted = [list(PARTS)[seed % len(PARTS)], *(r.pick(*PARTS) for _ in range(r.pick(0, 1, 2, 3)))]
+    wanted = [
+        list(PARTS)[seed % len(PARTS)],
+        *(r.pick(*PARTS) for _ in range(r.pick(0, 1, 1, 2, 3))),
+    ]
     first = wanted[0]
     if r.pick(True, False):
         wanted.reverse()
@@ -63,15 +71,19 @@ def program(seed):
         if name != first and (so_far > _MAX_PARAMETERS or out.size > 18):
             continue
         params[f"{len(params)}_{name}"] = weights
-        stages.append(stage)
+        stages.append((stage, list(params)[-1]))
         description.append(words)
+        if out.shape == (t, d) and r.pick(True, False, False):  # the first part once more: tied
+            stages.append(stages[0])
+            description.append("the first again")
+            out = jax.eval_shape(stages[0][0], params[stages[0][1]], out, example)
         h = out
     num_outputs = min(h.size, 6)
     loss_name = r.pick(*(name for name in _LOSSES if num_outputs > 1 or name != "softmax"))
 
     def example_output_fn(params, example):
         h = example["x"]
-        for stage, name in zip(stages, params, strict=True):
+        for stage, name in stages:
             h = stage(params[name], h, example)
         return h.reshape(-1)[:num_outputs]
 
@@ -94,14 +106,14 @@ def program(seed):
 def _stage(r, name, h, example):
     """One part with a wrapper, its weights' changes and an activation."""
     form, weights, apply = PARTS[name](r, *h.shape)
-    wrapper = r.pick(None, None, *WRAPPERS)
-    if wrapper == "half_precision" and name in _DOUBLE:
+    wrapper = r.pick(*WRAPPERS) if r.pick(True, False) else None
+    if name in _REFUSED.get(wrapper, ()):
         wrapper = None
     wrapped = WRAPPERS[wrapper](apply, r) if wrapper else apply
     if wrapper in _REPEATED and jax.eval_shape(apply, weights, h, example).shape != h.shape:
         wrapper, wrapped = None, apply
     changes = {
-        leaf: r.pick(*CHANGES) if w.ndim and r.pick(True, False) else None
+        leaf: r.pick(*CHANGES) if w.ndim and r.pick(True, False, False) else None
         for leaf, w in weights.items()
     }
     activation = r.pick(*ACTIVATIONS)

@@ -7,6 +7,7 @@ holds ``x`` of shape (t, d), ``y``, ``ids`` (four integers from 0 to 3) and the 
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ class Draw:
 
 def frozen_sigma(w):
     """The largest singular value by power iteration in a loop that has no gradient."""
-    w = jax.lax.stop_gradient(w.reshape(w.shape[0], -1))
+    w = jax.lax.stop_gradient(w.reshape(w.shape[0], math.prod(w.shape[1:])))
 
     def step(state):
         i, u = state

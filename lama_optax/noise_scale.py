@@ -66,12 +66,9 @@ def track_noise_scale(
     .. math::
       B_\mathrm{noise} = \frac{\operatorname{tr}(\Sigma)}{\lVert G \rVert^2}
 
-    where one example's gradient has the mean G and the covariance :math:`\Sigma`. A batch of B
-    examples takes about :math:`1 + B_\mathrm{noise} / B` times the steps of an endless one, and
-    :math:`1 + B / B_\mathrm{noise}` times the fewest examples: see `noise_report`.
-
-    With random signs :math:`e_i = \pm 1` one more backward pass gives it, without a gradient of
-    one example, from the losses before they are averaged and from the batch's gradient g:
+    where one example's gradient has the mean G and the covariance :math:`\Sigma`. What it says of
+    the batch size is in `noise_report`. One more backward pass gives it, with random signs
+    :math:`e_i = \pm 1`, from the losses before they are averaged and the batch's gradient g:
 
     .. math::
       q = \frac{1}{B} \Big\lVert \nabla \sum_i e_i \ell_i \Big\rVert^2, \quad
@@ -86,11 +83,9 @@ def track_noise_scale(
       s = \frac{B}{G} \frac{\sum_k \lVert g_k - \bar g \rVert^2}{G - 1}, \qquad
       m = \lVert \bar g \rVert^2 - \frac{s}{B}.
 
-    All four are unbiased. Gradients shrink by orders of magnitude, so s and m are divided, before
-    they are averaged, by a quick average of :math:`\lVert g \rVert^2` over the estimates before
-    (the first estimate only starts it). Division by their own :math:`\lVert g \rVert^2` would bias
-    the ratio where B is small: on four dimensions, with four groups and B the noise scale, the 95 %
-    interval would hold the truth in 88 % of the runs, instead of 95 %.
+    All four are unbiased. Gradients shrink by orders of magnitude. So, that no time outweighs the
+    others, s and m are averaged after division by a quick average of :math:`\lVert g \rVert^2` over
+    the estimates before. (By their own it would bias the ratio where B is small.)
 
     Place it first in a chain: it needs the gradient as it is. One that clipping or a learning rate
     has made smaller makes :math:`\lVert G \rVert^2` too small, so that the noise scale is too large
@@ -107,11 +102,9 @@ def track_noise_scale(
       decay: d, decay of the bias-corrected moving average over the estimates, in [0, 1); 0.98 suits
         groups. 0 keeps the last estimate alone, which has no standard error.
       axis_name: name of the mapped axis inside `jax.shard_map` or `jax.pmap`. Each device then
-        draws signs of its own for its part of the batch, or passes its own groups, one or more;
-        updates are the mean over all devices, and L + 1 numbers travel. Plain `jit` over sharded
-        arrays needs none.
-      key: seed or PRNG key. Step t uses ``fold_in(key, t)``: a resumed run draws what an unbroken
-        one would.
+        draws signs of its own, or passes its own groups, one or more; updates are the mean over
+        all, and L + 1 numbers travel. Plain `jit` over sharded arrays needs none.
+      key: seed or PRNG key; step t uses ``fold_in(key, t)``.
 
     Returns:
       A `optax.GradientTransformationExtraArgs` with a `NoiseScaleState`, for `noise_report`. Its
@@ -120,16 +113,16 @@ def track_noise_scale(
       * ``losses_fn(params)``, which `supervised` makes: the losses, not reduced, whose mean the
         updates are the gradient of. The first axis counts examples, further axes are averaged. For
         padding and unequal lengths ``(losses, weights)``. For micro-batches, as under
-        `optax.MultiSteps`, those of all: ``lambda p: jax.lax.map(jax.checkpoint(lambda b:
-        losses(p, b)), micro_batches).reshape(-1)``;
+        `optax.MultiSteps`, those of all: ``lambda p: jnp.concatenate(jax.lax.map(
+        jax.checkpoint(lambda b: losses(p, b)), micro_batches))``;
       * or ``group_gradients``, shaped like params with a leading axis of groups of equal size, and
         ``batch_size``, the examples of all groups (of all devices); see `grouped_value_and_grad`.
 
       Other keywords are ignored.
 
     Raises:
-      ValueError: at construction, for an argument that is not allowed; at ``update``, for what is
-        missing, losses that are reduced, or fewer than two examples or groups.
+      ValueError: for an argument that is not allowed or is missing, losses that are reduced, or
+        fewer than two examples or groups.
 
     References:
       McCandlish et al., `An Empirical Model of Large-Batch Training
@@ -141,16 +134,13 @@ def track_noise_scale(
       >>> apply_fn = lambda params, x: x @ params["dense"]["kernel"]
       >>> params = {"dense": {"kernel": jnp.zeros((4, 3))}}
       >>> tx = optax.chain(track_noise_scale(update_interval=1), optax.sgd(0.01))
-      >>> @jax.jit
-      ... def train_step(params, state, x, y):
-      ...     task = supervised(apply_fn, x, y, loss="softmax_cross_entropy")
-      ...     grads = jax.grad(task["value_fn"])(params)
-      ...     updates, state = tx.update(grads, state, params, **task)
-      ...     return optax.apply_updates(params, updates), state
-      >>> state = tx.init(params)
+      >>> state, update = tx.init(params), jax.jit(tx.update)
       >>> for step in range(30):
       ...     x = jax.random.normal(jax.random.key(step), (32, 4))
-      ...     params, state = train_step(params, state, x, jnp.argmax(x[:, :3], axis=1))
+      ...     task = supervised(apply_fn, x, jnp.argmax(x[:, :3], axis=1))
+      ...     grads = jax.grad(task["value_fn"])(params)
+      ...     updates, state = update(grads, state, params, **task)
+      ...     params = optax.apply_updates(params, updates)
       >>> total = noise_report(state, params)["total"]
       >>> 0 < total["at_least"] < total["noise_scale"] < total["at_most"] < 32
       True
@@ -287,13 +277,7 @@ def _by_groups(
         count *= jax.lax.axis_size(axis_name)
     if count < 2:
         raise ValueError(f"group_gradients must hold at least two groups; got {count}.")
-    if not isinstance(batch_size, jax.core.Tracer):
-        check_count("batch_size", batch_size)
-        if int(batch_size) < count:  # type: ignore[arg-type]
-            raise ValueError(
-                f"batch_size must be the number of examples of all {count} groups together; got"
-                f" {batch_size!r}."
-            )
+    check_count("batch_size", batch_size)
 
     def sums(term: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
         """Over the groups, of ``term`` of each gradient and the mean."""

@@ -99,8 +99,9 @@ def track_noise_scale(
         params that returns one; see `layer_names`.
       update_interval: estimate by signs at every n-th step, from the first. Groups are averaged at
         every step, whatever it is.
-      decay: d, decay of the bias-corrected moving average over the estimates, in [0, 1); 0.98 suits
-        groups. 0 keeps the last estimate alone, which has no standard error.
+      decay: d, decay of the bias-corrected moving average over the estimates, in [0, 1). The noise
+        scale grows while gradients shrink, and an average over the last ``1 / (1 - d)`` estimates
+        lags behind it. 0 keeps the last estimate alone, of which nothing is known.
       axis_name: name of the mapped axis inside `jax.shard_map` or `jax.pmap`. Each device then
         draws signs of its own, or passes its own groups, one or more; updates are the mean over
         all, and L + 1 numbers travel. Plain `jit` over sharded arrays needs none.

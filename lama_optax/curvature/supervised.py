@@ -282,7 +282,8 @@ def grouped_value_and_grad(
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> scalar``, a mean over the batch's examples.
-      num_groups: G, at least 2 (1 where devices are the groups); 4 does well.
+      num_groups: G, at least 2 (1 where devices are the groups); 4 does well. With explicit mesh
+        axes along the batch, a multiple of their devices.
       has_aux: whether it returns ``(scalar, aux)``.
 
     Returns:

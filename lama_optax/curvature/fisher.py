@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from lama_optax._checks import check_count
 from lama_optax._jaxpr.channels_last import channels_last
-from lama_optax._jaxpr.collectives import holds_collective
 from lama_optax._jaxpr.interpret import names_in
 from lama_optax.curvature.protocol import (
     LayerCurvature,
+    check_own_part,
     check_visible,
     standard_error,
     unreduced,
@@ -60,12 +60,7 @@ class _Fisher:
             )
         check_visible("sampled_losses_fn", params)
         closed = jax.make_jaxpr(sampled_losses_fn)(params, key)
-        if holds_collective(closed):
-            raise ValueError(
-                "sampled_losses_fn holds a collective (a psum or all_gather over a mapped axis):"
-                " its devices' draws could not be told apart. Let it return the losses of this"
-                " device's part of the batch, or train under jax.jit with sharded arrays."
-            )
+        check_own_part("sampled_losses_fn", closed)
 
         def scaled_mean(p: PyTree, sample_key: jax.Array) -> jax.Array:
             losses, weights = unreduced("sampled_losses_fn", sampled_losses_fn(p, sample_key))

@@ -103,7 +103,9 @@ def fisher(num_samples: int = 1) -> _Fisher:
     It estimates the Gauss-Newton matrix, which is never negative. That is the Hessian where the
     residuals' part :math:`\sum_i \partial_z \ell_i \cdot \nabla_\theta^2 z_i` vanishes: for outputs
     that are piecewise linear in each single parameter (dense layers, convolutions and biases with
-    ReLU, each used once), and about so where the data are fitted. Elsewhere the two part.
+    ReLU, each used once), and about so where the data are fitted. Elsewhere the two part. On the
+    MLP and the CNN of ``python -m benchmarks.traces``, which are of ReLU, the traces of every layer
+    agree within 3 %.
 
     Args:
       num_samples: how many times targets are drawn, each for one forward and one backward pass;

@@ -121,8 +121,8 @@ def constant(*t):
 
 
 FUNCTIONS = [
-    layers, residual, attention, softmaxes, normalised, copied, piecewise, recurrent, nested, convolved,
-    partly_moved, constant,
+    layers, residual, attention, softmaxes, normalised, copied, piecewise, recurrent, nested,
+    convolved, partly_moved, constant,
 ]  # fmt: skip
 
 

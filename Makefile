@@ -10,19 +10,20 @@ CONSTRAINTS := $(wildcard constraints/python$(MINOR).txt)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	$(addprefix --constraint ,$(CONSTRAINTS))
 
-.PHONY: help moons study study-quick test lint format build notebooks constraints clean
+.PHONY: help moons study study-quick test test-all lint format build notebooks constraints clean
 
 help:
 	@echo "make moons        reproduce the paper's experiment; writes results/moons/"
 	@echo "make study-quick  a small part of the study, tuned against tuned, in minutes"
 	@echo "make study        all of it, hours; goes on where it was interrupted"
-	@echo "make test         all tests, doctests and notebooks"
+	@echo "make test         tests and doctests, in minutes"
+	@echo "make test-all     besides: fuzz, benchmarks, notebooks, peers, processes"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff format the code"
 	@echo "make build        wheel and sdist in dist/"
 	@echo "make notebooks    execute the notebooks and keep their pictures"
 	@echo "make constraints  record the tested versions for this Python"
-	@echo "PYTHON=python3.13 chooses the interpreter, ARGS=... goes to moons, study and test"
+	@echo "PYTHON=python3.13 chooses the interpreter, ARGS=... goes to moons, study and tests"
 
 moons: $(VENV)/benchmarks.stamp
 	$(BIN)/python -m benchmarks.moons $(ARGS)
@@ -34,7 +35,10 @@ study: $(VENV)/benchmarks.stamp
 	$(BIN)/python -m benchmarks.study all $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+test-all: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

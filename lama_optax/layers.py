@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lama_optax._checks import check_word, wide_dtype
+from lama_optax._checks import check_floating, check_word, wide_dtype
 
 PyTree = Any
 #: ``"module"``, ``"leaf"``, a params-shaped tree (or prefix) of labels, a function of params that
@@ -128,7 +128,7 @@ def resolve_layers(layers: LayerSpec, params: PyTree) -> Layers:
     paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     paths = [path for path, _ in paths_and_leaves]
     leaves = [leaf for _, leaf in paths_and_leaves]
-    _check_floating(paths, leaves)
+    check_floating(paths, leaves)
 
     stacked_modules: tuple[str, ...] = ()
     if isinstance(layers, _Stacked):
@@ -184,7 +184,8 @@ def layer_names(params: PyTree, layers: LayerSpec = "module") -> tuple[str, ...]
       layers: what one layer is: ``"module"`` (leaves that share a parent: a kernel and its
         bias; a leaf at the root is its own layer), ``"leaf"``, a tree of labels shaped like
         ``params`` or a prefix of it, a function of ``params`` that returns one, as in
-        `optax.partition`, or `stacked`, for parameters stacked by a scan.
+        `optax.partition`, or `stacked`, for parameters stacked by a scan. To
+        `optax.inject_hyperparams` say ``static_args="layers"`` of a function.
 
     Returns:
       L unique names: the path of the module, joined by ``/``, without a leading ``params``
@@ -262,31 +263,17 @@ def check_structure(name: str, tree: PyTree, expected: PyTree) -> None:
 
 def _labels(layers: LayerSpec, params: PyTree) -> Sequence[Hashable]:
     labels = layers(params) if callable(layers) else layers
-    if isinstance(labels, str):
+    if isinstance(labels, str | int | np.integer | jax.Array):
         raise ValueError(
             f"layers must return a tree of labels shaped like params; it returned {labels!r}."
+            " optax.inject_hyperparams calls functions as schedules: let it be static,"
+            " optax.inject_hyperparams(lama_adam, static_args='layers')(..., layers=function)."
         )
     matched = match_to_params("layers", labels, params)
     for label in matched:
         if not isinstance(label, str | int | np.integer):
             raise ValueError(f"layers must hold strings or integers as labels; got {label!r}.")
     return matched
-
-
-def _check_floating(paths: Sequence[tuple[Any, ...]], leaves: Sequence[Any]) -> None:
-    for path, leaf in zip(paths, leaves, strict=True):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            remedy = (
-                "wrap the optimizer in optax.contrib.split_real_and_imaginary, value_fn bound by"
-                " functools.partial(tx.update, value_fn=...)"
-                if jnp.issubdtype(dtype, jnp.complexfloating)
-                else "leave it out of params, or mask it with optax.masked"
-            )
-            raise ValueError(
-                "params must hold real floating-point arrays; the leaf"
-                f" params{jax.tree_util.keystr(path)} is {dtype}: {remedy}."
-            )
 
 
 def _open_boxes(paths: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

@@ -227,7 +227,8 @@ def moons_run(c, sensitivity, cap, curvature=None):
 
     Every argument is traced, so that one compilation serves all; a cap of inf is none.
     """
-    tx = lama_scale(sensitivity=sensitivity, estimator=hutchinson(10), max_momentum=cap)
+    options = {"estimator": hutchinson(10), "update_interval": 1}
+    tx = lama_scale(sensitivity=sensitivity, max_momentum=cap, **options)
 
     def norms(tree):
         return jnp.stack([optax.global_norm(layer) for layer in tree.values()])

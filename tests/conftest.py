@@ -1,18 +1,24 @@
-"""Strictness for every test: no implicit promotion of dtype or rank, eight virtual devices."""
+"""What holds for every test: strict promotion, eight virtual devices, and quick compilation.
 
+A test compiles for seconds what runs for milliseconds, so LLVM does not optimize here, and XLA
+writes its kernels the older way, which compiles twice as fast. What the tests look at (values,
+fusion, partitioning, memory, what is sent between devices) XLA decides before. A test that
+compares two programs to the bit asks for `optimized`: users compile with everything on.
+"""
+
+import gc
+import importlib.metadata
 import os
 
-# Before jax is imported: the devices that the sharding tests train on.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Before jax is imported.
+FLAGS = ["--xla_force_host_platform_device_count=8"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # jaxlib 0.12 has the newer way alone
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
-
-
-def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "standard_promotion: runs code of others that needs implicit promotion"
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +30,14 @@ def strict_promotion(request):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def released_memory():
+    """Compiled programs go with the file that they were compiled for; they add up to gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture
 def x64():
     """Double precision, for comparisons with NumPy references."""
@@ -31,10 +45,9 @@ def x64():
         yield
 
 
-@pytest.fixture(scope="module")
-def fast_compilation():
-    """For tests that compile for seconds what runs for milliseconds: LLVM need not try hard."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture
+def optimized():
+    """Compiles as users do."""
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", True)

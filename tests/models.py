@@ -6,9 +6,13 @@ derivative that a finite difference meets exists. Data and parameters come from 
 are the same for every version of jax.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from lama_optax import layer_curvature
 
 
 def _arrays(seed, dtype):
@@ -79,3 +83,8 @@ def attention(dtype=jnp.float32, seed=0):
 
 
 MODELS = {"mlp": mlp, "convolution": convolution, "attention": attention}
+
+
+def compiled_curvature(params, key=0, **options):
+    """`layer_curvature` as one program; operation by operation hundreds would be compiled."""
+    return jax.jit(functools.partial(layer_curvature, **options))(params, key)

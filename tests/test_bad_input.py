@@ -76,57 +76,45 @@ TABLES = {
     "hutchinson": (hutchinson, HUTCHINSON),
     "exact_trace": (exact_trace, {"has_aux": FLAG}),
 }
-CASES = [
-    (function, argument, allowed, value)
-    for function, (_, table) in TABLES.items()
-    for argument, (allowed, values) in table.items()
-    for value in values
-]
+ARGUMENTS = [(function, argument) for function, (_, table) in TABLES.items() for argument in table]
 
 
-@pytest.mark.parametrize(
-    ("function", "argument", "allowed", "value"),
-    CASES,
-    ids=[f"{function}-{argument}-{value!r:.20}" for function, argument, _, value in CASES],
-)
-def test_invalid_argument(function, argument, allowed, value):
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - each part of the message is asserted
-        TABLES[function][0](**{argument: value})
-    message = str(error.value)
-    assert message.startswith(f"{argument} must be {allowed}"), message
-    assert message.endswith(f"got {value!r}."), message
+@pytest.mark.parametrize(("function", "argument"), ARGUMENTS)
+def test_invalid_argument(function, argument):
+    call, table = TABLES[function]
+    allowed, values = table[argument]
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{argument} must be ") as error:
+            call(**{argument: value})
+        message = str(error.value)
+        assert message.startswith(f"{argument} must be {allowed}"), message
+        assert message.endswith(f"got {value!r}."), message
 
 
-@pytest.mark.parametrize("number", [0.5, 0, np.float32(0.5), np.float64(0.5), np.asarray(0.5)])
-def test_numbers_of_every_kind_are_allowed(number):
-    lama_scale(number, number, number, alpha_min=number, sensitivity=number)
-    lama_scale(b1=jnp.asarray(number), curvature_decay=number, max_momentum=number)
-    lam_scale(number, number)
+def test_numbers_of_every_kind_are_allowed():
+    for number in (0.5, 0, np.float32(0.5), np.asarray(0.5), jnp.asarray(0.5)):
+        lama_scale(number, number, number, alpha_min=number, sensitivity=number)
+        lama_scale(curvature_decay=number, max_momentum=number)
+        lam_scale(number, number)
 
 
-@pytest.mark.parametrize("factory", [lama_scale, functools.partial(lama_adam, 0.1)])
-def test_alpha_min_above_alpha_max(factory):
+def test_alpha_min_above_alpha_max():
     message = r"alpha_min must be at most alpha_max; got 1\.6 > 1\.5"
     with pytest.raises(ValueError, match=message):
-        factory(alpha_min=1.6)
+        lama_adam(0.1, alpha_min=1.6)
     with pytest.raises(ValueError, match="alpha_min must be at most alpha_max"):
-        factory(alpha_max=0.4)
-    factory(alpha_min=1.5)  # equal limits switch the adaptation off
+        lama_scale(alpha_max=0.4)
+    lama_scale(alpha_min=1.5)  # equal limits switch the adaptation off
 
 
-@pytest.mark.parametrize("argument", ["b1", "b2", "eps", "sensitivity", "max_momentum"])
-def test_schedule_as_a_number_points_to_inject_hyperparams(argument):
-    with pytest.raises(ValueError, match=rf"inject_hyperparams.*{argument}=schedule"):
-        lama_adam(0.1, **{argument: optax.constant_schedule(0.5)})
+@pytest.mark.parametrize(("factory", "argument"), [(lama_adam, "sensitivity"), (lam, "decay")])
+def test_schedule_as_a_number_points_to_inject_hyperparams(factory, argument):
+    message = rf"{argument} must be .*inject_hyperparams.*{argument}=schedule"
+    with pytest.raises(ValueError, match=message):
+        factory(0.1, **{argument: optax.constant_schedule(0.5)})
 
 
-def test_schedule_as_a_number_of_lam_points_to_inject_hyperparams():
-    with pytest.raises(ValueError, match=r"decay must be .*inject_hyperparams.*decay=schedule"):
-        lam(0.1, decay=optax.constant_schedule(0.5))
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("argument", ["b1", "b2", "max_momentum", "curvature_decay"])
+@pytest.mark.parametrize(("argument", "dtype"), [("b1", "bfloat16"), ("max_momentum", "float16")])
 def test_traced_half_precision_decay(argument, dtype):
     """A traced value cannot be checked, and 0.999 is 1 in bfloat16; the message has the remedy."""
     message = rf"{argument} came as {dtype}.*hyperparam_dtype=jnp\.float32"
@@ -158,10 +146,9 @@ BAD_LOSSES = {
 
 
 @pytest.mark.parametrize("kind", BAD_LOSSES)
-@pytest.mark.parametrize("estimator", [hutchinson(), exact_trace()], ids=["hutchinson", "exact"])
-def test_value_fn_that_returns_no_scalar(estimator, kind):
+def test_value_fn_that_returns_no_scalar(kind):
     value_fn, message = BAD_LOSSES[kind]
-    tx = lama_scale(estimator=estimator)
+    tx = lama_scale(estimator=exact_trace())
     with pytest.raises(ValueError, match=rf"value_fn must return .*{message}"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, value_fn=value_fn)
 
@@ -180,7 +167,7 @@ def test_value_fn_that_is_a_value():
 
 @pytest.mark.parametrize("bad", [nan, inf])
 def test_loss_that_is_not_finite_leaves_a_finite_state(bad):
-    tx = lama_scale(estimator=exact_trace())
+    tx = lama_scale(estimator=exact_trace(), update_interval=1)
 
     @jax.jit
     def step(state, factor):
@@ -229,7 +216,7 @@ def test_curvature_that_is_not_finite_while_the_gradients_are():
 
     grads = jax.grad(value_fn)(params)
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
-    tx = lama_scale(estimator=exact_trace())
+    tx = lama_scale(estimator=exact_trace(), update_interval=1)
     updates, state = jax.jit(functools.partial(tx.update, value_fn=value_fn))(
         grads, tx.init(params), params
     )
@@ -340,19 +327,14 @@ def test_layer_curvature_with_what_is_no_estimator(estimator):
         layer_curvature(PARAMS, 0, estimator=estimator, value_fn=loss)
 
 
-@pytest.mark.parametrize("key", [1.5, "0", None, jnp.ones(2)], ids=["float", "text", "none", "raw"])
-def test_key_that_is_none(key):
-    with pytest.raises(ValueError, match=r"key must be "):
-        lama_scale(key=key).init(PARAMS)
+def test_key_that_is_none():
+    several = jax.random.split(jax.random.key(0), 2)
+    for key in (1.5, "0", None, jnp.ones(2), several):
+        with pytest.raises(ValueError, match=r"key must be "):
+            lama_scale(key=key).init(PARAMS)
 
 
-def test_several_keys():
-    keys = jax.random.split(jax.random.key(0), 2)
-    with pytest.raises(ValueError, match=r"key must be "):
-        lama_scale(key=keys).init(PARAMS)
-
-
-@pytest.mark.parametrize("mu_dtype", ["float31", int, "int32", jnp.complex64])
-def test_mu_dtype_that_holds_no_moment(mu_dtype):
-    with pytest.raises(ValueError, match=r"mu_dtype must be "):
-        lama_scale(mu_dtype=mu_dtype).init(PARAMS)
+def test_mu_dtype_that_holds_no_moment():
+    for mu_dtype in ("float31", int, "int32", jnp.complex64):
+        with pytest.raises(ValueError, match=r"mu_dtype must be "):
+            lama_scale(mu_dtype=mu_dtype)

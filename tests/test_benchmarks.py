@@ -44,7 +44,7 @@ from benchmarks.workbench._training import trained
 from lama_optax import lama_scale
 
 # Flax and optax promote implicitly.
-pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation")]
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.slow]
 
 QUICK = ["--quick", "--models", "mlp"]
 

@@ -76,6 +76,7 @@ def files(directory):
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_resumed_in_a_new_process_to_the_bit(stopped, tmp_path):
     directory = copy_of_stopped(stopped, tmp_path)
     lama = checkpoint(directory, STOP)["opt_state"][0]
@@ -87,6 +88,7 @@ def test_resumed_in_a_new_process_to_the_bit(stopped, tmp_path):
     assert_equal_states(checkpoint(directory, STEPS), checkpoint(stopped / "unbroken", STEPS), 0)
 
 
+@pytest.mark.slow
 def test_resumed_with_multi_steps_to_the_bit(stopped):
     optimizer = optax.MultiSteps(example().OPTIMIZER, every_k_schedule=2)
     directory = stopped / "stopped_accumulating"
@@ -101,6 +103,7 @@ def test_resumed_with_multi_steps_to_the_bit(stopped):
     )
 
 
+@pytest.mark.slow
 def test_resumed_on_another_number_of_devices(stopped, tmp_path):
     """Whole arrays on one device, then split between eight.
 
@@ -112,6 +115,7 @@ def test_resumed_on_another_number_of_devices(stopped, tmp_path):
     assert_equal_states(checkpoint(directory, STEPS), checkpoint(stopped / "unbroken", STEPS), 1e-6)
 
 
+@pytest.mark.slow
 def test_checkpoint_cut_short_is_refused_and_the_one_before_used(stopped, tmp_path):
     directory = copy_of_stopped(stopped, tmp_path)
     cut_data(directory / "7")
@@ -122,6 +126,7 @@ def test_checkpoint_cut_short_is_refused_and_the_one_before_used(stopped, tmp_pa
     assert_equal_states(checkpoint(directory, STEPS), checkpoint(stopped / "unbroken", STEPS), 0)
 
 
+@pytest.mark.slow
 def test_nothing_is_trained_over_checkpoints_that_cannot_be_read(stopped, tmp_path):
     directory = copy_of_stopped(stopped, tmp_path)
     for step in ("4", "7"):
@@ -152,6 +157,7 @@ def cut_each_file(directory):
     print(f"refused {refused}")
 
 
+@pytest.mark.slow
 def test_no_cut_file_restores_other_numbers(stopped, tmp_path):
     """Whichever file is cut: an error, or (what is cut was not needed) the numbers saved."""
     directory = copy_of_stopped(stopped, tmp_path)

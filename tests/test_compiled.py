@@ -11,7 +11,7 @@ import pytest
 from lama_optax import flipout, hutchinson, lama_adam, layer_curvature
 
 # optax.adam promotes implicitly.
-pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation")]
+pytestmark = pytest.mark.standard_promotion
 
 # No other array of the step has one of these shapes.
 SHAPES = {"first": (24, 40), "second": (40, 56), "third": (56, 8)}

@@ -12,7 +12,7 @@ from lama_optax import exact_trace, flipout, gauss_newton, hutchinson, layer_cur
 from lama_optax._jaxpr.channels_last import channels_last
 
 # Flax's layers promote implicitly.
-pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation")]
+pytestmark = pytest.mark.standard_promotion
 
 
 def image_outputs(params, image):

@@ -24,9 +24,6 @@ SCOPES = ("joint", "block")
 HVPS = ("exact", "finite_difference")
 
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
-
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
     if request.param == "float64":
@@ -108,18 +105,19 @@ def check_against_exact(model, probe, dtype, fd_step, seeds=8):
         assert (abs(error.mean(axis=0)) <= 5 * pooled).all(), (case, error.mean(axis=0) / pooled)
 
 
-@pytest.mark.parametrize("probe", PROBES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "probe"),
+    [*(("mlp", probe) for probe in PROBES), ("convolution", "sphere"), ("attention", "gaussian")],
+)
 def test_hutchinson_is_within_five_standard_errors(model, probe):
     # The paper's step of 1e-2 adds delta^2 times a fourth derivative (its first order is odd in
     # the probe and has mean 0): 1e-4 against standard errors of about 1e-2.
     check_against_exact(model, probe, "float32", fd_step=1e-2)
 
 
-@pytest.mark.parametrize("probe", PROBES)
-def test_hutchinson_in_double_precision(x64, probe):
+def test_hutchinson_in_double_precision(x64):
     # A step of 1e-5 leaves nothing but sampling error.
-    check_against_exact("mlp", probe, "float64", fd_step=1e-5)
+    check_against_exact("convolution", "rademacher", "float64", fd_step=1e-5)
 
 
 # -- the standard error ----------------------------------------------------------------------
@@ -182,12 +180,11 @@ def test_the_variance_is_the_textbooks(probe):
             assert (abs(error) <= allowed).all(), (scope, error / expected)
 
 
-@pytest.mark.parametrize("probe", PROBES)
-def test_the_standard_error_covers_the_truth(probe):
+def test_the_standard_error_covers_the_truth():
     """A 90 % interval from K = 100 probes covers the exact mean in 90 % of 2000 seeds."""
     params, loss_fn = mlp()
     num_probes, seeds = 100, 2000
-    estimators = [hutchinson(num_probes, probe=probe, scope=scope) for scope in SCOPES]
+    estimators = [hutchinson(num_probes, scope=scope) for scope in SCOPES]
     quantile = scipy.stats.t.ppf(0.95, num_probes - 1)
     for result in over_seeds(seeds, params, loss_fn, *estimators):
         covered = abs(result.mean - exact_means(mlp)) <= quantile * result.std_error
@@ -375,7 +372,7 @@ ESTIMATORS = [
 ]
 
 
-@pytest.mark.parametrize("make", ESTIMATORS)
+@pytest.mark.parametrize("make", [exact_trace, hutchinson])
 def test_has_aux_drops_the_auxiliary_output(make):
     params, loss_fn = mlp()
 

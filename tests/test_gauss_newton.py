@@ -14,7 +14,7 @@ from lama_optax import gauss_newton, lama_scale, layer_curvature, layer_names, s
 from lama_optax.curvature import gauss_newton as gauss_newton_module
 
 # Flax's layers promote implicitly.
-pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation", "x64")]
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("x64")]
 
 
 def _normal(seed, *shape):
@@ -30,7 +30,7 @@ def _classes(z, example):
 
 
 def _flax(model, inputs):
-    params = model.init(jax.random.key(0), inputs[0])
+    params = jax.jit(model.init)(jax.random.key(0), inputs[0])
     return jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params), model.apply
 
 
@@ -126,15 +126,21 @@ def scans():
 
 def _found(model, batch=None, **options):
     params, outputs, loss, own_batch, layers = model()
-    return layer_curvature(
-        params,
-        0,
-        estimator=gauss_newton(**options),
-        layers=layers,
-        example_output_fn=outputs,
-        output_loss_fn=loss,
-        batch=own_batch if batch is None else batch,
-    )
+
+    # Compiled as one program: operation by operation it is hundreds.
+    @jax.jit
+    def estimate(params, batch):
+        return layer_curvature(
+            params,
+            0,
+            estimator=gauss_newton(**options),
+            layers=layers,
+            example_output_fn=outputs,
+            output_loss_fn=loss,
+            batch=batch,
+        )
+
+    return estimate(params, own_batch if batch is None else batch)
 
 
 def _by_layer(model, diagonal):

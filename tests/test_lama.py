@@ -151,7 +151,7 @@ def test_weight_decay_mask_of_lama_adam():
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
-def test_alpha_of_one_is_adam_to_the_bit(x64, dtype, jitted):
+def test_alpha_of_one_is_adam_to_the_bit(x64, optimized, dtype, jitted):
     rng = np.random.default_rng(3)
     params = {
         "w": jnp.asarray(rng.normal(size=(4, 3)), dtype),
@@ -347,6 +347,23 @@ def test_layers_are_the_units_of_curvature():
     assert moments["module"].tolist() == pytest.approx([0.9, 0.9])
     expected = 0.9 * reference.factor(np.array([-2.0, 1.0, 0.0, 0.0]), 0.5, 1.5, 3.0)
     assert moments["leaf"].tolist() == pytest.approx(np.minimum(expected, 0.999).tolist())
+
+
+@pytest.mark.parametrize("eps_root", [0.0, 1e-8])
+def test_eps_root_keeps_a_derivative_through_update_finite(eps_root):
+    """A dead unit has the gradient 0, where the root's derivative is infinite: as in optax.adam."""
+
+    def value_fn(p):
+        off = jax.nn.relu(p["live"][0] - 5.0)
+        return jnp.sum(jnp.square(p["live"])) + jnp.sum(p["dead"] * off)
+
+    def after_one_step(p):
+        tx = lama_adam(0.1, eps_root=eps_root)
+        updates, _ = tx.update(jax.grad(value_fn)(p), tx.init(p), p, value_fn=value_fn)
+        return value_fn(optax.apply_updates(p, updates))
+
+    gradient = jax.grad(after_one_step)({"live": jnp.ones(2), "dead": jnp.ones(1)})
+    assert bool(jnp.isfinite(gradient["dead"]).all()) == (eps_root > 0)
 
 
 # What is not finite.

@@ -16,8 +16,6 @@ from jax.flatten_util import ravel_pytree
 
 from lama_optax import exact_trace, hutchinson, lama_adam, layer_curvature
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 double = functools.partial(jnp.asarray, dtype=jnp.float64)
 
 

@@ -50,6 +50,7 @@ def finished(tmp_path_factory):
     return directory, run.stdout
 
 
+@pytest.mark.slow
 def test_command_writes_figures_and_tables(finished):
     directory, printed = finished
     names = {path.name for path in directory.iterdir()}
@@ -66,6 +67,7 @@ def test_command_writes_figures_and_tables(finished):
         assert phrase in printed
 
 
+@pytest.mark.slow
 def test_results_carry_settings_versions_machine_and_every_seed(finished):
     results = json.loads((finished[0] / "results.json").read_text())
     assert results["settings"]["seeds"] == 3
@@ -92,6 +94,7 @@ def test_results_carry_settings_versions_machine_and_every_seed(finished):
     assert str(finished[0]) not in json.dumps(results)  # no paths of the machine
 
 
+@pytest.mark.slow
 def test_divergence_ends_with_status_2_and_words(tmp_path):
     options = ["--seeds", "2", "--epochs", "20", "--no-grid", "--loss-scale", "1000"]
     run = command(tmp_path, *options, "--sensitivity", "1000", "--max-momentum", "none")

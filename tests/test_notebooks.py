@@ -14,6 +14,8 @@ from nbclient import NotebookClient
 
 import lama_optax
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("*.py"))
 STORED = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -40,7 +42,6 @@ def test_the_notebooks_are_here():
     names = {
         "01_quickstart",
         "02_exact_vs_finite_differences",
-        "03_trainers",
         "04_stability",
     }
     assert names <= {path.stem for path in SOURCES}

@@ -205,8 +205,9 @@ def test_double_precision_all_the_way(x64):
     updates, state = jax.jit(functools.partial(tx.update, value_fn=loss))(
         params, tx.init(params), params
     )
-    for name in ("mu", "nu", "curvature", "curvature_weight", "alpha", "momentum", "weight_sum"):
-        assert {x.dtype.name for x in jax.tree.leaves(getattr(state, name))} == {"float64"}, name
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    assert len(floats) >= len(jax.tree.leaves((state.mu, state.nu))) + 4
+    assert {x.dtype.name for x in floats} == {"float64"}
     assert {x.dtype.name for x in jax.tree.leaves(updates)} == {"float64"}
     # Single precision anywhere on the way would show: its own estimate is off by more.
     flat, unravel = jax.flatten_util.ravel_pytree(params)
@@ -235,13 +236,13 @@ REFUSALS = {
 
 @pytest.mark.parametrize("call", REFUSALS)
 def test_complex_parameters_are_refused(call):
-    with pytest.raises(ValueError, match=r"\['w'\] is complex64: wrap .*split_real_and_imaginary"):
+    with pytest.raises(ValueError, match=r"\['w'\] is complex64: .*jax\.lax\.complex"):
         REFUSALS[call]()
 
 
 @pytest.mark.standard_promotion
 def test_complex_parameters_train_split_and_bound():
-    """The remedy of the message: the wrapper passes no extra arguments on, so value_fn is bound."""
+    """Optax's wrapper passes no extra arguments on, so value_fn is bound."""
 
     def merge(split):
         return jax.tree.map(

@@ -10,8 +10,6 @@ import pytest
 from lama_optax.curvature.probes import PROBES
 from lama_optax.layers import resolve_layers
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 # `jax.random.normal` in bfloat16 has a mean of -0.012; with 400 000 draws the standard error is
 # 0.0016, so that probes made that way fail.
 DRAWS = {"float32": 40_000, "float64": 40_000, "float16": 40_000, "bfloat16": 400_000}

@@ -12,6 +12,8 @@ import time
 import pytest
 from example_runs import EXAMPLES, assert_equal_states, checkpoint, finish, free_port, started
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 # The sums over the batch are taken in another order between processes than within one: some 1e-7
 # of a gradient, hence of an update of length 1e-2. Measured after 20 steps: 1e-7.

@@ -1,4 +1,4 @@
-"""`layer_report` finds the LAMA state wherever optax hides it."""
+"""`layer_report` finds trackers' and LAMA's states wherever optax hides them."""
 
 import functools
 import json
@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from lama_optax import lam, lama_adam, lama_scale, layer_names, layer_report
+from lama_optax import (
+    hutchinson,
+    lam,
+    lama_adam,
+    lama_scale,
+    layer_names,
+    layer_report,
+    track_curvature,
+)
 
 PARAMS = {
     "Dense_0": {"kernel": jnp.asarray([[0.5, 1.0], [-1.0, 0.5]]), "bias": jnp.asarray([1.0, 2.0])},
@@ -74,13 +82,15 @@ def test_report_of_a_wrapped_state(wrapper):
     assert list(report) == list(sensitivity)
     for name, row in report.items():
         alpha = alpha_of(MEANS[name], sensitivity[name])
-        assert list(row) == ["curvature", "alpha", "momentum", "size"]
+        assert list(row) == ["curvature", "std_error", "alpha", "momentum", "size"]
         assert row["curvature"] == MEANS[name]  # exact in binary
         # Two roundings of float32.
         assert row["alpha"] == pytest.approx(alpha, rel=3e-7)
         assert row["momentum"] == pytest.approx(0.9 * alpha, rel=3e-7)
         assert row["size"] == SIZES[name]
-        assert [type(value) for value in row.values()] == [float, float, float, int]
+        # Without a decay the last estimate stands alone, and has no error.
+        types = [float, type(None), float, float, int]
+        assert [type(value) for value in row.values()] == types
     assert json.loads(json.dumps(report)) == report
 
 
@@ -122,10 +132,47 @@ def test_layers_are_the_optimizers(layers):
 def test_report_before_the_first_step():
     report = layer_report(lama_scale().init(PARAMS), PARAMS)
     assert report["Dense_1"] == {
-        "curvature": 0.0,
+        "curvature": None,
+        "std_error": None,
         "alpha": 1.0,
         "momentum": pytest.approx(0.9),
         "size": 3,
+    }
+
+
+def report_after(steps):
+    tx = optax.chain(track_curvature(hutchinson(1), update_interval=1), optax.adamw(1e-3))
+    state = tx.init(PARAMS)
+    for step in range(steps):
+        curvature = jnp.asarray([1.0 + step, 2.0])
+        _, state = tx.update(PARAMS, state, PARAMS, curvature=curvature)
+    return functools.partial(layer_report, state, PARAMS)
+
+
+@pytest.mark.standard_promotion  # of optax.adamw
+def test_report_of_a_tracker_beside_another_optimizer():
+    before, one, two = (report_after(steps)()["Dense_0"] for steps in range(3))
+    assert before == {"curvature": None, "std_error": None, "size": 6}
+    assert one == {"curvature": 1.0, "std_error": None, "size": 6}
+    # Weights 0.9/1.9 and 1/1.9 on 1 and 2.
+    assert two["curvature"] == pytest.approx(1 + 1 / 1.9, rel=1e-6)
+    assert two["std_error"] > 0
+    assert report_after(2)()["Dense_1"]["std_error"] == 0
+    json.dumps([before, one, two], allow_nan=False)
+
+
+@pytest.mark.standard_promotion
+def test_flat_form_for_loggers():
+    assert report_after(1)(flat=True) == {"curvature/Dense_0": 1.0, "curvature/Dense_1": 2.0}
+    assert list(report_after(2)(flat=True)) == [
+        "curvature/Dense_0",
+        "curvature_std_error/Dense_0",
+        "curvature/Dense_1",
+        "curvature_std_error/Dense_1",
+    ]
+    flat = layer_report(trained(lama_scale(sensitivity=0.1)), PARAMS, flat=True)
+    assert set(flat) == {
+        f"{x}/{name}" for x in ("curvature", "alpha", "momentum") for name in MEANS
     }
 
 
@@ -141,7 +188,7 @@ def test_two_optimizers_that_share_a_module_report_both():
 
 def test_no_lama_state():
     for state in (lam(0.1).init(PARAMS), optax.EmptyState(), None):
-        with pytest.raises(ValueError, match=r"opt_state must hold the state of lama_scale"):
+        with pytest.raises(ValueError, match=r"opt_state must hold the state of track_curvature"):
             layer_report(state, PARAMS)
 
 

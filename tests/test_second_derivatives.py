@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lama_optax._jaxpr.curvature.moments import Moments
-from lama_optax._jaxpr.curvature.second_derivatives import _ELEMENTWISE, second_derivatives
+from lama_optax._jaxpr.curvature.second_derivatives import Entry, second_derivatives
 from lama_optax._jaxpr.interpret import names_in
-from lama_optax._jaxpr.weights.perturbed import Entry, shifted
+from lama_optax._jaxpr.operations import ELEMENTWISE
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -118,26 +117,83 @@ FUNCTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mapped", [False, True], ids=["alone", "vmapped"])
 @pytest.mark.parametrize("fn", FUNCTIONS)
-def test_they_are_those_of_the_hessian(fn, mapped):
+def test_they_are_those_of_the_hessian(fn):
     zeros = [jnp.zeros(())] * 3
 
-    def found(at):
-        return jnp.stack(second_derivatives(lambda *t: (fn(*(s + at for s in t)), []), zeros))
+    @jax.jit
+    @jax.vmap
+    def both(at):
+        found = second_derivatives(lambda *t: (fn(*(s + at for s in t)), []), zeros)
+        assert found.unknown is None
+        hessian = jax.hessian(lambda t: fn(*(t + at)))(jnp.zeros(3))
+        return found.value, fn(at, at, at), found.derivatives, jnp.diag(hessian)
 
-    def expected(at):
-        return jnp.diag(jax.hessian(lambda t: fn(*(t + at)))(jnp.zeros(3)))
-
-    points = jnp.asarray([0.0, 0.1, -0.2]) if mapped else jnp.asarray(0.05)
-    if mapped:
-        found, expected = jax.vmap(found), jax.vmap(expected)
-    expected = jax.jit(expected)(points)
+    value, expected_value, found, expected = both(jnp.asarray([0.0, 0.1, -0.2]))
+    np.testing.assert_allclose(value, expected_value, rtol=1e-12)
     limit = 1e-12 * max(1, np.max(np.abs(expected)))
-    np.testing.assert_allclose(jax.jit(found)(points), expected, rtol=0, atol=limit)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("name", sorted(_ELEMENTWISE))
+def spectrum(x):
+    """Complex numbers."""
+    return jnp.sum(jnp.abs(jnp.fft.fft(x)) ** 3)
+
+
+def rule_for_gradients(x):
+    """A `jax.custom_vjp`, which has no derivative forwards."""
+    sine = jax.custom_vjp(jnp.sin)
+    sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+    return jnp.sum(sine(x) ** 2)
+
+
+def inside(x):
+    """An operation that is not on the list, in a branch of a loop."""
+
+    def turn(h, _):
+        return jax.lax.cond(h[0, 0] > 0, lambda h: h, lambda h: jnp.linalg.inv(h), h), None
+
+    return jnp.sum(jnp.sin(jax.lax.scan(turn, x, length=2)[0]))
+
+
+@pytest.mark.parametrize(
+    ("fn", "name"),
+    [(spectrum, "convert_element_type"), (rule_for_gradients, "custom_vjp_call"), (inside, "lu")],
+)
+def test_what_is_not_on_the_list_is_left_to_the_gradient(fn, name):
+    zeros = [jnp.zeros(())] * 2
+
+    def of_t(t, u):
+        return fn(X + t * A + u**2 * B) + jnp.sum(jnp.sin(u * C)), []
+
+    found = second_derivatives(of_t, zeros)
+    assert found.unknown.startswith(name)
+    expected = [
+        jax.grad(jax.grad(of_t_alone))(0.0)
+        for of_t_alone in (lambda t: of_t(t, 0.0)[0], lambda u: of_t(0.0, u)[0])
+    ]
+    np.testing.assert_allclose(found.derivatives, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_what_does_not_move_may_be_anything():
+    """Complex numbers, loops without a derivative and calls out of JAX, behind stop_gradient."""
+
+    def fn(t):
+        x = X + t * A
+        fixed = jax.lax.stop_gradient(x)
+        scale = jax.lax.while_loop(lambda s: jnp.sum(s) < 3, lambda s: s + fixed**2, fixed)
+        scale += jnp.abs(jnp.fft.fft(fixed))
+        scale += jax.pure_callback(np.sign, jax.ShapeDtypeStruct(X.shape, X.dtype), fixed)
+        scale += jnp.sin(x).astype(jnp.int32).astype(x.dtype)
+        return jnp.sum(scale * jnp.tanh(x)), []
+
+    found = second_derivatives(fn, [jnp.zeros(())])
+    assert found.unknown is None
+    expected = jax.grad(jax.grad(lambda t: fn(t)[0]))(0.0)
+    np.testing.assert_allclose(found.derivatives, [expected], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(ELEMENTWISE))
 def test_what_counts_as_elementwise_is(name):
     """Each output depends on the inputs at its own place alone; else no chain would be one."""
 
@@ -165,7 +221,7 @@ def test_one_directions_infinity_is_not_anothers():
         total = jnp.sum(jnp.sqrt(a * X**2)) + jnp.sum(jnp.tanh(b * Y) @ A) + jnp.sum((c * X) ** 2)
         return total, []
 
-    first, second, third = jax.jit(lambda: jnp.stack(second_derivatives(fn, zeros)))()
+    first, second, third = jax.jit(lambda: second_derivatives(fn, zeros).derivatives)()
     assert not np.isfinite(first)
     assert second == 0
     np.testing.assert_allclose(third, 2 * np.sum(X**2), rtol=1e-12)
@@ -175,12 +231,8 @@ def test_one_directions_infinity_is_not_anothers():
 
 
 def _entered(t, value, direction, leaf, square):
-    after = shifted(value, t, direction)
-    moments = Moments(jnp.asarray(square), frozenset({leaf}), frozenset({0, 1}))
-    return after, Entry(value, after, moments)
-
-
-_CUBE = np.stack([A, B, C])
+    after = value + t * direction
+    return after, Entry(leaf, value, after, jnp.full(value.shape, square))
 
 
 def _product_of(fn):
@@ -213,7 +265,8 @@ def test_a_mean_square_replaces_the_square_on_the_way_to_a_product(fn):
     def value(x, y):
         return jnp.sum(fn(x, y, jnp.asarray(A)) @ C)
 
-    found, _ = jax.jit(lambda: second_derivatives(_product_of(fn), [jnp.zeros(())] * 2))()
+    zeros = [jnp.zeros(())] * 2
+    found, _ = jax.jit(lambda: second_derivatives(_product_of(fn), zeros).derivatives)()
     of_x, of_y = (jax.hessian(value, i)(jnp.asarray(X), jnp.asarray(Y)) for i in (0, 1))
     expected = 7 * jnp.einsum("ijij", of_x) + 5 * jnp.einsum("ijij", of_y)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
@@ -223,30 +276,17 @@ def test_a_mean_square_replaces_the_square_on_the_way_to_a_product(fn):
     "fn",
     [
         lambda x, y, z: jax.nn.softmax(x),
-        lambda x, y, z: jax.nn.softmax(x @ (Y + y).T),
-        lambda x, y, z: jax.nn.softmax(Y @ x.T),
-        lambda x, y, z: jax.nn.softmax(jnp.einsum("td,sed->tse", x, _CUBE))[:, 0],
-        lambda x, y, z: jax.nn.softmax(jnp.sin(x @ Y)),
         lambda x, y, z: (lambda h: h * Y + jnp.sum(h))(jnp.exp(x)),
         lambda x, y, z: jnp.tanh(x + x.T),
         lambda x, y, z: jnp.tanh(x * y),
         lambda x, y, z: jnp.tanh(x @ y),
     ],
-    ids=[
-        "softmax",
-        "softmax of two",
-        "softmax of keys",
-        "softmax of more axes",
-        "softmax of sin",
-        "summed too",
-        "one leaf twice",
-        "a product of two",
-        "a matrix product",
-    ],
+    ids=["softmax", "summed too", "one leaf twice", "a product of two", "a matrix product"],
 )
 def test_the_square_stays_where_its_mean_may_add_noise_or_is_not_known(fn):
     def value(t):
         return jnp.sum(fn(X + t * A, Y + t * B, jnp.asarray(A)) @ C)
 
-    found, _ = jax.jit(lambda: second_derivatives(_product_of(fn), [jnp.zeros(())] * 2))()
+    zeros = [jnp.zeros(())] * 2
+    found, _ = jax.jit(lambda: second_derivatives(_product_of(fn), zeros).derivatives)()
     np.testing.assert_allclose(found, jax.grad(jax.grad(value))(0.0), rtol=1e-12)

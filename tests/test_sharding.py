@@ -21,18 +21,24 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
-from lama_optax import flipout, gauss_newton, hutchinson, lam, lama_adam, layer_curvature
+from lama_optax import (
+    exact_trace,
+    flipout,
+    gauss_newton,
+    hutchinson,
+    lam,
+    lama_adam,
+    layer_curvature,
+)
 from lama_optax.curvature.probes import PROBES
 from lama_optax.layers import resolve_layers
-
-# What is tested is how XLA partitions, which is before LLVM.
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 STEPS = 20
 TOLERANCE = 1e-6
 
 adapted = functools.partial(lama_adam, 1e-2, sensitivity=3.0, update_interval=1)
 OPTIMIZERS = {
+    "exact": functools.partial(adapted, estimator=exact_trace(), update_interval=5),
     "joint": functools.partial(adapted, estimator=hutchinson(4)),
     "block": functools.partial(adapted, estimator=hutchinson(2, scope="block", probe="sphere")),
     "finite_difference": functools.partial(
@@ -45,14 +51,12 @@ OPTIMIZERS = {
     "lam": lambda: lam(1e-2, granularity="layer"),
 }
 
-# Every layout and kind of mesh for one estimator; both sharded layouts for each of the others.
+# Every layout and kind of mesh for one estimator; one that is sharded for each of the others.
 CASES = [
     ("joint", kind, layout) for kind in ("Auto", "Explicit") for layout in ("dp", "fsdp", "tp")
 ]
-CASES += [(name, "Auto", "fsdp") for name in ("block", "chunks")]
-CASES += [(name, "Explicit", "tp") for name in ("block", "chunks")]
-CASES += [(name, "Auto", "tp") for name in ("finite_difference", "interval", "lam")]
-CASES += [(name, "Explicit", "fsdp") for name in ("finite_difference", "interval", "lam")]
+CASES += [("block", "Auto", "fsdp"), ("chunks", "Explicit", "tp"), ("lam", "Auto", "tp")]
+CASES += [("finite_difference", "Auto", "tp"), ("interval", "Explicit", "fsdp")]
 
 ALL = ("data", "model")
 SPECS = {  # of both kernels and biases, then of the batch; the mesh is 4 x 2
@@ -60,10 +64,6 @@ SPECS = {  # of both kernels and biases, then of the batch; the mesh is 4 x 2
     "fsdp": ((P(ALL, None), P(ALL), P(ALL, None), P(ALL)), P(ALL, None)),
     "tp": ((P(None, "model"), P("model"), P("model", None), P()), P("data", None)),
 }
-
-# Less of LLVM's work, a third of the time to compile. What is tested here, how the arrays are
-# partitioned, XLA decides before.
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def tree(kernel_0, bias_0, kernel_1, bias_1):
@@ -145,7 +145,7 @@ def compiled_step(name, kind, layout):
     tx = OPTIMIZERS[name]()
     with jax.set_mesh(mesh):
         state = on_mesh(mesh, tx.init(params))
-        compiled = fast_jit(make_step(tx, loss)).lower(params, state, batch).compile()
+        compiled = jax.jit(make_step(tx, loss)).lower(params, state, batch).compile()
     return compiled, params, state, batch
 
 
@@ -159,7 +159,7 @@ def train(step, params, state, batch):
 def on_one_device(name):
     params, batch = start()
     tx = OPTIMIZERS[name]()
-    return train(fast_jit(make_step(tx)), params, tx.init(params), batch)
+    return train(jax.jit(make_step(tx)), params, tx.init(params), batch)
 
 
 def assert_equal_training(params, state, name):
@@ -188,26 +188,26 @@ def test_sharded_training_is_training_on_one_device(name, kind, layout):
 
 @pytest.mark.parametrize(("kind", "layout"), [("Auto", "fsdp"), ("Explicit", "tp")])
 def test_probes_do_not_depend_on_the_sharding(kind, layout):
-    """Generated in pieces where they are used, with the bits of one device."""
+    """Generated in pieces where they are used, with those of one device."""
     mesh, params, _, _ = layout_on_mesh(kind, layout)
 
     def draw(key, params):
         layers = resolve_layers("module", params)
         return {name: probe(key, params, layers) for name, probe in PROBES.items()}
 
-    expected = fast_jit(draw)(jax.random.key(3), start()[0])
+    expected = jax.jit(draw)(jax.random.key(3), start()[0])
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     with jax.set_mesh(mesh):
-        sharded = fast_jit(draw, out_shardings=dict.fromkeys(PROBES, shardings))
+        sharded = jax.jit(draw, out_shardings=dict.fromkeys(PROBES, shardings))
         key = jax.random.key(3)
         probes = sharded(key, params)
         assert not gathers(sharded.lower(key, params).compile())
-    for name in ("rademacher", "gaussian"):
+    for name in PROBES:
+        # Signs are bits. A normal number is a polynomial in its bits, which a kernel for a piece of
+        # an array may round otherwise; a layer's norm is a sum over the devices.
+        rtol = 0 if name == "rademacher" else 4 * np.finfo(np.float32).eps
         for a, b in zip(*map(jax.tree.leaves, (probes[name], expected[name])), strict=True):
-            np.testing.assert_array_equal(a, b)
-    # A layer's norm is a sum over the devices: 544 terms, rounded to float32.
-    for a, b in zip(*map(jax.tree.leaves, (probes["sphere"], expected["sphere"])), strict=True):
-        np.testing.assert_allclose(a, b, rtol=4 * np.finfo(np.float32).eps)
+            np.testing.assert_allclose(a, b, rtol=rtol)
 
 
 # Mapped by hand: shard_map and pmap -------------------------------------------------------------
@@ -249,7 +249,7 @@ def train_mapped(tx, how, value_fn_is_averaged=False):
         out_specs=P(),
         check_vma=how == "shard_map, checked",
     )
-    trained = train(fast_jit(mapped), *on_mesh(mesh, start_from), batch)
+    trained = train(jax.jit(mapped), *on_mesh(mesh, start_from), batch)
     return jax.tree.map(
         lambda leaf: np.stack([shard.data for shard in leaf.addressable_shards]), trained
     )
@@ -259,7 +259,8 @@ def train_mapped(tx, how, value_fn_is_averaged=False):
     ("name", "how", "value_fn_is_averaged"),
     [
         ("joint", "shard_map, checked", False),
-        ("joint", "shard_map, unchecked", False),
+        ("exact", "shard_map, checked", False),
+        ("exact", "shard_map, unchecked", False),
         ("block", "shard_map, checked", True),
         ("finite_difference", "shard_map, unchecked", True),
         ("interval", "shard_map, checked", True),
@@ -272,7 +273,8 @@ def test_replicas_agree_to_the_bit_and_with_one_device(name, how, value_fn_is_av
     for leaf in jax.tree.leaves(trained):
         assert len(leaf) == 8
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
-    assert_equal_training(*jax.tree.map(lambda leaf: leaf[0], trained), name)
+    if name != "joint":  # whose devices draw probes of their own
+        assert_equal_training(*jax.tree.map(lambda leaf: leaf[0], trained), name)
 
 
 def example_loss(params, example):
@@ -317,7 +319,7 @@ def test_estimators_by_example_are_averaged_over_the_devices(name, check_vma):
     )
     parts = jax.tree.map(lambda x: x.reshape(8, 8, *x.shape[1:]), batch)
     expected = jnp.mean(jax.lax.map(lambda part: estimate(params, part), parts), axis=0)
-    found = fast_jit(mapped)(params, batch)
+    found = jax.jit(mapped)(params, batch)
     # Of float32: sums of 64 terms in another order.
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -366,7 +368,7 @@ def gathers_of_the_gradient(kind):
     _, params, batch, loss = layout_on_mesh(kind, "fsdp")
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     with jax.set_mesh(mesh):
-        return gathers(fast_jit(jax.grad(loss)).lower(params, batch).compile())
+        return gathers(jax.jit(jax.grad(loss)).lower(params, batch).compile())
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from benchmarks.study._workloads import all_workloads
 ROOT = Path(__file__).parents[1]
 
 # Flax and optax promote implicitly.
-pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation")]
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.slow]
 
 
 class FakeTrainer(Trainer):

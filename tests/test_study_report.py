@@ -23,6 +23,8 @@ from benchmarks.study._report_text import p_value, percent
 from benchmarks.study._report_traces import traces_section
 from benchmarks.study._statistics import Aggregate, Comparison, Interval
 
+pytestmark = pytest.mark.slow
+
 SEEDS = 20
 
 

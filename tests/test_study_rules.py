@@ -14,7 +14,7 @@ from benchmarks.study._groups import group_layers
 from benchmarks.study._programs import PROGRAMS, layered
 from lama_optax import layer_names
 
-pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation")]
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.slow]
 
 B2, EPS = 0.999, 1e-8
 STEPS = 7

@@ -8,6 +8,7 @@ import pytest
 
 stats = pytest.importorskip("scipy.stats")
 bootstrap = pytest.importorskip("arch.bootstrap")
+pytestmark = pytest.mark.slow
 
 from benchmarks.study._statistics import (
     MARGIN,

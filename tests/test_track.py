@@ -1,11 +1,13 @@
 """`track_curvature`: when it estimates, from which key, what it averages, how well it knows it."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import networks
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -13,9 +15,11 @@ from lama_optax import (
     CurvatureState,
     LayerCurvature,
     exact_trace,
+    fisher,
     flipout,
     hutchinson,
     layer_curvature,
+    layer_report,
     supervised,
     track_curvature,
 )
@@ -33,7 +37,7 @@ class KeyEstimator(NamedTuple):
 
     default: float = 1.0
 
-    def estimate(self, key, params, layers, *, factor=None, **extra_args):
+    def estimate(self, key, params, layers, /, *, factor=None, **extra_args):
         del params, extra_args
         factor = self.default if factor is None else factor
         mean = factor * jax.random.uniform(key, (len(layers.names),), layers.dtype)
@@ -146,7 +150,9 @@ def test_different_keys_draw_different_probes():
 
 def test_extra_arguments_reach_the_estimator_by_name_and_others_are_ignored():
     tx = tracker(KeyEstimator())
-    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, factor=2.0, loss_scale=3, batch=None)
+    _, state = tx.update(
+        GRADS, tx.init(PARAMS), PARAMS, factor=2.0, key=3, layers="leaf", batch=None
+    )
     expected = 2 * key_curvature(jax.random.key(0), 0, 2)  # exact: a power of two
     assert state.curvature.tolist() == expected.tolist()
 
@@ -284,6 +290,86 @@ def test_interval_holds_the_whole_data_sets_curvature(make, estimator):
     held = jax.jit(lambda keys: jax.lax.map(run, keys, batch_size=20))(keys)
     assert (held.mean(0) >= 0.9).all(), held.mean(0)
     assert (held.mean(0) <= 0.98).all(), held.mean(0)
+
+
+@pytest.mark.parametrize("estimator", [hutchinson(1), fisher()], ids=["hutchinson", "fisher"])
+def test_layers_of_more_than_2_to_the_31_parameters(estimator):
+    """80 scanned blocks of a 70-billion-parameter network, by shapes alone."""
+    params = {"blocks": {"up": jax.ShapeDtypeStruct((80, 8192, 28672), jnp.bfloat16)}}
+
+    def losses(p, key=None):
+        return jnp.tanh(p["blocks"]["up"][0, :2].astype(jnp.float32))
+
+    def step(p):
+        tx = tracker(estimator)
+        task = {"value_fn": lambda p: jnp.sum(losses(p)), "sampled_losses_fn": losses}
+        state = tx.update(p, tx.init(p), p, **task)[1]
+        return state, layer_curvature(p, 0, estimator=estimator, **task)
+
+    state, found = jax.eval_shape(step, params)
+    assert state.curvature.shape == (1,)
+    assert found.size.dtype == jnp.float32
+
+
+WRAPPERS = {
+    "named_chain": lambda tx: optax.named_chain(("track", tx), ("sgd", optax.sgd(0.1))),
+    "inject_hyperparams": lambda tx: optax.inject_hyperparams(
+        lambda rate: optax.chain(tx, optax.sgd(rate))
+    )(0.1),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(optax.chain(tx, optax.sgd(0.1)), 3),
+    "MultiSteps": lambda tx: optax.MultiSteps(optax.chain(tx, optax.sgd(0.1)), 1),
+    "schedule_free": lambda tx: optax.contrib.schedule_free(
+        optax.chain(tx, optax.sgd(0.1)), 0.1, b1=0.9
+    ),
+    "bound, under lookahead": lambda tx: optax.chain(
+        optax.GradientTransformation(
+            tx.init, functools.partial(tx.update, curvature=jnp.asarray([1.0, 2.0]))
+        ),
+        optax.sgd(0.1),
+    ),
+}
+
+
+@pytest.mark.standard_promotion  # of optax's wrappers
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_in_optax_wrappers(wrapper):
+    """The report finds what was given, and the other optimizer's update is the plain one."""
+    tx = WRAPPERS[wrapper](tracker())
+    state = tx.init(PARAMS)
+    arguments = {} if "bound" in wrapper else {"curvature": jnp.asarray([1.0, 2.0])}
+    updates, state = tx.update(GRADS, state, PARAMS, **arguments)
+    report = layer_report(state, PARAMS)
+    assert [row["curvature"] for row in report.values()] == [1.0, 2.0]
+    if wrapper != "schedule_free":
+        jax.tree.map(
+            lambda u, g: np.testing.assert_allclose(u, -0.1 * g, rtol=1e-6), updates, GRADS
+        )
+
+
+@pytest.mark.parametrize("hide", [True, False], ids=["masked params", "whole params"])
+def test_a_tracker_whose_params_are_masked(hide):
+    """`layer_report` reads it where `optax.MaskedNode` stands in place of the hidden part."""
+    tx = optax.masked(tracker(), {"Dense_0": True, "Dense_1": False})
+    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, curvature={"Dense_0": 3.0, "Dense_1": 4.0})
+    params = PARAMS | ({"Dense_1": optax.MaskedNode()} if hide else {})
+    if hide:
+        assert layer_report(state, params)["Dense_0"]["curvature"] == 3.0
+    else:
+        with pytest.raises(ValueError, match="it has 1 layers"):
+            layer_report(state, params)
+
+
+def test_resumed_from_a_checkpoint_equal_to_the_bit():
+    tx = track_curvature(KeyEstimator(), update_interval=2, key=5)
+    state = tx.init(PARAMS)
+    for step in range(9):
+        if step == 4:
+            leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+            resumed = jax.tree.unflatten(jax.tree.structure(tx.init(PARAMS)), leaves)
+        _, state = tx.update(GRADS, state, PARAMS)
+        if step >= 4:
+            _, resumed = tx.update(GRADS, resumed, PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, resumed, state)
 
 
 # Devices.

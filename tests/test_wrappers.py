@@ -38,7 +38,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 lama = functools.partial(
     lama_adam, 0.03, estimator=exact_trace(), sensitivity=1.0, update_interval=1
 )
-scale = functools.partial(lama_scale, estimator=exact_trace(), sensitivity=1.0)
+scale = functools.partial(lama_scale, estimator=exact_trace(), sensitivity=1.0, update_interval=1)
 
 
 @functools.cache
@@ -291,8 +291,8 @@ def test_sam_trains_with_a_bound_value_fn(opaque):
     # `sam` blends old and new state arithmetically: the key must come through.
     inner = next(s for s in jax.tree.leaves(state, is_leaf=_is_lama) if _is_lama(s))
     expected = jax.random.key_data(jax.random.key(2**31 + 5))
-    assert inner.key.dtype == expected.dtype
-    assert inner.key.tolist() == expected.tolist()
+    assert inner.tracker.key.dtype == expected.dtype
+    assert inner.tracker.key.tolist() == expected.tolist()
 
 
 def test_lookahead_trains_with_value_fn_bound_inside_the_step():

@@ -61,10 +61,10 @@ def first_order() -> dict[str, Contender]:
 
 
 def _carry() -> optax.GradientTransformation:
-    """Does nothing, with a state of what `lama_scale` keeps beside Adam's moments and count."""
+    """Does nothing, with a state of what `lama_scale` keeps beside Adam's moments."""
 
     def init(params: Params) -> Any:
-        return lama_scale().init(params)._replace(count=(), mu=(), nu=())
+        return lama_scale().init(params)._replace(mu=(), nu=())
 
     return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
 

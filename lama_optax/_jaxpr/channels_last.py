@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lama_optax._jaxpr.interpret import CALLS, apply, interpret
+from lama_optax._jaxpr import operations
+from lama_optax._jaxpr.interpret import apply, interpret
 
 
 def channels_last(fn: Callable[..., Any], primitives: frozenset[str]) -> Callable[..., Any]:
@@ -32,28 +33,22 @@ def channels_last(fn: Callable[..., Any], primitives: frozenset[str]) -> Callabl
 
 
 def _equation(jaxpr: Any, eqn: Any, ins: list[Any]) -> Sequence[Any]:
-    if eqn.primitive.name in CALLS:
-        return interpret(eqn.params["jaxpr"], ins, _equation)
-    if eqn.primitive.name == "conv_general_dilated":
-        return [_convolution(eqn.params, *ins)]
-    return apply(jaxpr, eqn, ins)
+    convolution = operations.convolution(eqn)
+    return apply(jaxpr, eqn, ins) if convolution is None else [_convolve(*convolution, *ins)]
 
 
-def _convolution(params: dict[str, Any], lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+def _convolve(
+    numbers: Any, convolve: Callable[..., jax.Array], lhs: jax.Array, rhs: jax.Array
+) -> jax.Array:
     """The same with axes (batch, ..., channels) and, of the kernel, (..., in, out)."""
-    lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
+    lhs_spec, rhs_spec, out_spec = numbers
     num_spatial = lhs.ndim - 2
     last, spatial = num_spatial + 1, range(num_spatial)
     outer = (0, last, *(axis + 1 for axis in spatial))
-    out = jax.lax.conv_general_dilated_p.bind(
+    out = convolve(
         jnp.transpose(lhs, (lhs_spec[0], *lhs_spec[2:], lhs_spec[1])),
         jnp.transpose(rhs, (*rhs_spec[2:], rhs_spec[1], rhs_spec[0])),
-        **params
-        | {
-            "dimension_numbers": jax.lax.ConvDimensionNumbers(
-                outer, (last, num_spatial, *spatial), outer
-            )
-        },
+        jax.lax.ConvDimensionNumbers(outer, (last, num_spatial, *spatial), outer),
     )
     order = (out_spec[0], *out_spec[2:], out_spec[1])
     return jnp.transpose(out, sorted(range(out.ndim), key=order.__getitem__))

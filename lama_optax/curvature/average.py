@@ -42,10 +42,11 @@ def absorb(old: Average, new: jax.Array, decay: ArrayLike) -> tuple[Average, jax
     weight = decay * old.weight + (1 - decay)
     mean = (decay * old.weight * old.mean + (1 - decay) * new) / weight
     share = (1 - decay) / weight
-    distance = new - old.mean
+    limit = jnp.finfo(new.dtype).max
+    distance = jnp.clip(new - old.mean, -limit, limit)
     # In this order a first estimate, whose share is 1, adds 0 even where its square overflows.
     spread = (1 - share) * old.spread + (1 - share) * share * distance * distance
-    spread = jnp.minimum(spread, jnp.finfo(new.dtype).max)
+    spread = jnp.minimum(spread, limit)
     latest = Average(mean, spread, weight, decay**2 * old.weight_squares + (1 - decay) ** 2)
     taken = jnp.isfinite(mean)
     return jax.tree.map(lambda n, o: jnp.where(taken, n, o), latest, old), taken

@@ -1,16 +1,17 @@
 """The exact trace of every layer's Hessian block, by every basis vector: N products."""
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.flatten_util import ravel_pytree
 
 from lama_optax._checks import check_flag
 from lama_optax._jaxpr.channels_last import channels_last
+from lama_optax.curvature.probes import laid_out
 from lama_optax.curvature.protocol import (
     LayerCurvature,
     check_twice_differentiable,
@@ -43,7 +44,14 @@ class _ExactTrace:
         objective = scalar_objective(value_fn, params, self.has_aux)
         primitives = primitive_names(objective, params)
         check_twice_differentiable(objective, params, primitives)
-        flat, unravel = ravel_pytree(optax.tree.cast(params, layers.dtype))
+        leaves, treedef = jax.tree.flatten(params)
+        ends = list(itertools.accumulate((leaf.size for leaf in leaves), initial=0))
+        count = ends[-1]
+        # A basis vector by comparison: scatters refuse leaves spread over explicit mesh axes.
+        places = [
+            laid_out(jnp.arange(start, end).reshape(leaf.shape), jax.typeof(leaf).sharding)
+            for start, end, leaf in zip(ends, ends[1:], leaves, strict=False)
+        ]
 
         def product(v: PyTree) -> PyTree:
             return jax.jvp(jax.grad(objective), (params,), (v,))[1]
@@ -51,12 +59,20 @@ class _ExactTrace:
         hvp = channels_last(product, primitives)
 
         def diagonal_entry(i: jax.Array) -> jax.Array:
-            basis_vector = optax.tree.cast_like(unravel(jnp.zeros_like(flat).at[i].set(1)), params)
-            hv = hvp(basis_vector)
-            return ravel_pytree(optax.tree.cast(hv, layers.dtype))[0][i]
+            basis = [(x == i).astype(leaf.dtype) for x, leaf in zip(places, leaves, strict=True)]
+            hv = jax.tree.leaves(hvp(jax.tree.unflatten(treedef, basis)))
+            own = [
+                jnp.sum(jnp.where(x == i, h, 0), dtype=layers.dtype)
+                for x, h in zip(places, hv, strict=True)
+            ]
+            return functools.reduce(jnp.add, own)
 
-        entries = jax.lax.map(diagonal_entry, jnp.arange(flat.size)) if flat.size else flat
-        diagonal = unravel(entries)
+        numbers = jnp.arange(count)
+        entries = jax.lax.map(diagonal_entry, numbers) if count else numbers.astype(layers.dtype)
+        diagonal = [
+            entries[start:end].reshape(leaf.shape)
+            for start, end, leaf in zip(ends, ends[1:], leaves, strict=False)
+        ]
         trace = layers.sum(diagonal)
         return LayerCurvature.from_trace(layers, trace, jnp.zeros_like(trace))
 

@@ -55,7 +55,8 @@ class _Fisher:
                 " predictions. Pass tx.update(grads, state, params, **supervised(apply_fn, inputs,"
                 " targets)), or your own sampled_losses_fn=lambda params, key: the losses, not"
                 " reduced, of targets drawn with key; or take hutchinson(), which needs value_fn"
-                f" alone. Got sampled_losses_fn={sampled_losses_fn!r}."
+                " alone. Flax's own TrainState passes none on: take lama_optax.flax.TrainState. Got"
+                f" sampled_losses_fn={sampled_losses_fn!r}."
             )
         check_visible("sampled_losses_fn", params)
         closed = jax.make_jaxpr(sampled_losses_fn)(params, key)

@@ -9,7 +9,8 @@ applies the probes without drawing or storing one weight-shaped array for each e
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,24 +20,12 @@ import optax
 from lama_optax._checks import check_count, check_word
 from lama_optax._jaxpr.channels_last import channels_last
 from lama_optax._jaxpr.curvature.second_derivatives import second_derivatives
-from lama_optax._jaxpr.interpret import names_in
-from lama_optax._jaxpr.weights.evaluate import evaluate
-from lama_optax._jaxpr.weights.perturbed import (
-    DropSigns,
-    Entry,
-    Perturbed,
-    Signs,
-    UsedAgain,
-    Uses,
-)
+from lama_optax.curvature.examples import check_mean
+from lama_optax.curvature.hutchinson import hutchinson
 from lama_optax.curvature.probes import signs
-from lama_optax.curvature.protocol import (
-    LayerCurvature,
-    check_batch,
-    of_each_device,
-    scalar_objective,
-)
-from lama_optax.layers import Layers
+from lama_optax.curvature.protocol import LayerCurvature, has_custom_vjp
+from lama_optax.curvature.signed_loss import SignedLoss, example_signs
+from lama_optax.layers import Layers, LayerSpec, resolve_layers
 
 PyTree = Any
 # Up to so many layers their blocks are estimated one by one, unless asked otherwise.
@@ -62,64 +51,117 @@ class _Flipout:
         example_value_fn: Callable[[PyTree, PyTree], jax.Array] | None = None,
         batch: PyTree = None,
         updates: PyTree = None,
+        value_fn: Callable[[PyTree], Any] | None = None,
         **extra_args: Any,
     ) -> LayerCurvature:
         """The mean over examples and probes of ``v_b^T H_b,l v_b``, over N_l."""
         del extra_args
-        if example_value_fn is None or batch is None:
-            raise ValueError(
-                "example_value_fn and batch are needed by flipout: tx.update(grads, state, params,"
-                " example_value_fn=lambda p, example: loss of one example, batch=batch), where the"
-                " arrays of batch have the examples along their leading axis."
-            )
-        check_batch(batch)
-        is_block = self.scope == "block" or (
-            self.scope is None and 0 < len(layers.names) <= _BLOCK_LAYERS
-        )
-        loss = _ExampleLoss(example_value_fn, params, batch, layers)
-        scale = _balanced(updates, layers)
+        loss = SignedLoss(example_value_fn, params, batch, layers)
+        if has_custom_vjp(loss.primitives):
+            whole = hutchinson(self.num_probes, scope=self._scope(layers))
+            return whole.estimate(key, params, layers, value_fn=loss.mean(batch))
 
-        def joint(probe: PyTree, own: jax.Array, example: PyTree) -> jax.Array:
-            def along(t: jax.Array) -> jax.Array:
-                return loss(t, probe, own, example)[0]
-
-            t = loss.zeros()
-            return jax.jvp(jax.grad(along), (t,), (t + scale,))[1] / scale
-
-        def block(probe: PyTree, own: jax.Array, example: PyTree) -> jax.Array:
-            def along(*t: jax.Array) -> tuple[jax.Array, list[Entry]]:
-                return loss(t, probe, own, example)
-
-            return jnp.stack(second_derivatives(along, list(loss.zeros())))
-
-        per_example = channels_last(
-            jax.vmap(block if is_block else joint, in_axes=(None, 0, 0)), loss.primitives
-        )
-
-        def sample(probe_key: jax.Array) -> jax.Array:
-            weight_key, sign_key = jax.random.split(probe_key)
-            own = _example_signs(sign_key, loss.batch_size, loss.num_signs)
-            return per_example(optax.tree.random_like(weight_key, params, signs), own, batch)
+        def sample(probe_key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return self._sample(probe_key, params, batch, loss, updates)
 
         keys = jax.random.split(key, self.num_probes)
-        samples = jax.lax.map(sample, keys) if self.num_probes > 1 else sample(keys[0])[None]
-        return LayerCurvature.from_trace(
-            layers, jnp.mean(samples, axis=(0, 1)), _standard_error(samples, loss.independent)
-        )
+        if self.num_probes > 1:
+            samples, values = jax.lax.map(sample, keys)
+        else:
+            samples, values = (x[None] for x in sample(keys[0]))
+        checked = check_mean("example_value_fn", jnp.mean(values[0]), value_fn, params, loss.closed)
+        mean = checked * jnp.mean(samples, axis=(0, 1))
+        with jax.debug_nans(False):  # what is not known is NaN
+            error = _standard_error(samples, loss.independent)
+            return LayerCurvature.from_trace(layers, mean, error)
 
+    def explain(
+        self,
+        params: PyTree,
+        *,
+        layers: LayerSpec = "module",
+        example_value_fn: Callable[[PyTree, PyTree], jax.Array] | None = None,
+        batch: PyTree = None,
+        **extra_args: Any,
+    ) -> dict[str, dict[str, Any]]:
+        """Says what `estimate` would do for each layer, without computing anything.
 
-def _example_signs(key: jax.Array, batch_size: int, num_signs: int) -> jax.Array:
-    """Rademacher numbers as `signs` draws them, shape (batch_size, num_signs), int8.
+        Args:
+          params: as for `layer_curvature`; shapes (`jax.ShapeDtypeStruct`) are enough.
+          layers: as for `layer_curvature`.
+          example_value_fn: as for the estimate.
+          batch: as for the estimate; shapes are enough.
+          **extra_args: ignored.
 
-    Unpacked in a loop, which XLA does not fuse: else each use of a sign would unpack it anew.
-    """
-    words = jax.random.bits(key, (batch_size, -(-num_signs // 32)), jnp.uint32)
+        Returns:
+          name of the layer -> ``{"path": ..., "lost_signs": [...], "why": ...}``. The path is
+          ``"joint"``, ``"block"``, or ``"block, by the gradient"``, which is slower and right for
+          whatever has a second derivative; "why" names the operation that asked for it.
+          ``"lost_signs"`` lists each axis of a leaf along which the examples share their signs,
+          which costs variance, with the use that could not carry them.
 
-    def unpacked(place: jax.Array) -> jax.Array:
-        return 1 - 2 * (jnp.right_shift(words, place) & 1).astype(jnp.int8)
+        Examples:
+          >>> import jax.numpy as jnp
+          >>> from lama_optax import flipout
+          >>> params = {"embed": {"table": jnp.ones((5, 3))}}
+          >>> report = flipout().explain(
+          ...     params,
+          ...     example_value_fn=lambda p, i: jnp.sum(p["embed"]["table"][i] ** 2),
+          ...     batch=jnp.arange(4),
+          ... )
+          >>> report["embed"]["path"], len(report["embed"]["lost_signs"])
+          ('block', 1)
+        """
+        del extra_args
+        partition = resolve_layers(layers, params)
+        loss = SignedLoss(example_value_fn, params, batch, partition)
+        if not has_custom_vjp(loss.primitives):
+            sample = functools.partial(self._sample, loss=loss, updates=None)
+            jax.eval_shape(sample, jax.random.key(0), params, batch)
+        path = self._scope(partition)
+        if has_custom_vjp(loss.primitives):
+            path, loss.unknown = f"hutchinson, {path}", "custom_vjp"
+        elif loss.unknown is not None:
+            path = "block, by the gradient"
+        return {
+            name: {
+                "path": path,
+                "lost_signs": loss.lost_signs(layer),
+                "why": loss.unknown or "every operation is on the list",
+            }
+            for layer, name in enumerate(partition.names)
+        }
 
-    bits = jax.lax.map(unpacked, jnp.arange(32, dtype=words.dtype))
-    return jnp.moveaxis(bits, 0, 1).reshape(batch_size, -1)[:, :num_signs]
+    def _scope(self, layers: Layers) -> str:
+        is_few = 0 < len(layers.names) <= _BLOCK_LAYERS
+        return self.scope or ("block" if is_few else "joint")
+
+    def _sample(
+        self, key: jax.Array, params: PyTree, batch: PyTree, loss: SignedLoss, updates: PyTree
+    ) -> tuple[jax.Array, jax.Array]:
+        """By one probe for each example, ``v_b^T H_b,l v_b``, shape (B, L), and the losses."""
+        scale = _balanced(updates, loss.layers)
+
+        def block(params: PyTree, *rest: Any) -> tuple[jax.Array, jax.Array]:
+            zeros = list(loss.zeros(params, rest[-1]))
+            found = second_derivatives(lambda *t: loss(t, params, *rest), zeros)
+            loss.unknown = found.unknown
+            return found.derivatives, found.value
+
+        def joint(params: PyTree, *rest: Any) -> tuple[jax.Array, jax.Array]:
+            def along(t: jax.Array) -> jax.Array:
+                return loss(t, params, *rest)[0]
+
+            t = loss.zeros(params, rest[-1])
+            (value, _), (_, product) = jax.jvp(jax.value_and_grad(along), (t,), (t + scale,))
+            return product / scale, value
+
+        is_block = self._scope(loss.layers) == "block" and loss.layers.names
+        per_example = jax.vmap(block if is_block else joint, in_axes=(None, None, 0, 0))
+        weight_key, sign_key = jax.random.split(key)
+        own = example_signs(sign_key, batch, loss.num_signs)
+        probe = optax.tree.random_like(weight_key, params, signs)
+        return channels_last(per_example, loss.primitives)(params, probe, own, batch)
 
 
 def _balanced(updates: PyTree, layers: Layers) -> jax.Array:
@@ -139,109 +181,6 @@ def _balanced(updates: PyTree, layers: Layers) -> jax.Array:
     # Rounded to bfloat16: in a dtype that does not hold s, a layer's own term is not free of it.
     scale = jnp.exp2(below - _MAX_BALANCE)
     return jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
-
-
-class _ExampleLoss:
-    """The loss of one example at perturbed params, as a function of the layers' scales t."""
-
-    def __init__(
-        self,
-        example_value_fn: Callable[[PyTree, PyTree], jax.Array],
-        params: PyTree,
-        batch: PyTree,
-        layers: Layers,
-    ):
-        example = jax.tree.map(lambda x: x[0], batch)
-        self.batch_size = jax.tree.leaves(batch)[0].shape[0]
-        self._layers = layers
-
-        def value(p: PyTree, example: PyTree) -> jax.Array:
-            objective = scalar_objective(lambda p: example_value_fn(p, example), p, has_aux=False)
-            return objective(p).astype(layers.dtype)
-
-        self._value = value(params, example)
-        self._params = of_each_device(params, self._value)
-        self._jaxpr = jax.make_jaxpr(value)(self._params, example)
-        self.primitives = names_in(self._jaxpr)
-        # Which signs each leaf can carry in all its uses, and which leaves have one use alone, is
-        # found by trying, on shapes alone.
-        self._signed = [tuple(range(leaf.ndim)) for leaf in jax.tree.leaves(params)]
-        self._single = frozenset(range(len(self._signed)))
-        while True:
-            own = jax.ShapeDtypeStruct((self.num_signs,), jnp.int8)
-            try:
-                jax.eval_shape(lambda v, own: self(self.zeros(), v, own, example), params, own)
-            except DropSigns as drop:
-                self._signed[drop.leaf] = tuple(
-                    axis for axis in self._signed[drop.leaf] if axis not in drop.origins
-                )
-            except UsedAgain as use:
-                self._single -= {use.leaf}
-            else:
-                break
-        # Given the shared probe, an example's sample is unbiased on its own, and so independent of
-        # the others', where no axis of the layer's leaves lost its signs.
-        shared = {
-            layer
-            for layer, leaf, axes in zip(
-                layers.leaf_layer, jax.tree.leaves(params), self._signed, strict=True
-            )
-            if len(axes) < leaf.ndim
-        }
-        self.independent = [layer not in shared for layer in range(len(layers.names))]
-
-    def zeros(self) -> jax.Array:
-        """The point t at which the loss is differentiated, shape (L,)."""
-        return of_each_device(jnp.zeros(len(self._layers.names), self._layers.dtype), self._value)
-
-    @property
-    def num_signs(self) -> int:
-        """How many signs one example needs: one for each place along each axis that has any."""
-        return sum(stop - start for leaf in self._sign_ranges() for _, start, stop in leaf)
-
-    def _sign_ranges(self) -> list[list[tuple[tuple[int, ...], int, int]]]:
-        """Of each leaf: the axes of each group of its signs, and where among all signs they are."""
-        start = 0
-        ranges: list[list[tuple[tuple[int, ...], int, int]]] = []
-        for leaf, axes in zip(jax.tree.leaves(self._params), self._signed, strict=True):
-            # A scalar has no axis, but a sign.
-            groups = [((axis,), leaf.shape[axis]) for axis in axes] if leaf.ndim else [((), 1)]
-            ranges.append([])
-            for group, length in groups:
-                ranges[-1].append((group, start, start + length))
-                start += length
-        return ranges
-
-    def __call__(
-        self,
-        t: Sequence[jax.Array] | jax.Array,
-        probe: PyTree,
-        own: jax.Array,
-        example: PyTree,
-    ) -> tuple[jax.Array, list[Entry]]:
-        """The loss where layer l's weights are moved by ``t[l]``, and where these moves enter.
-
-        ``own``, of shape (num_signs,), are the example's signs.
-        """
-        leaves = jax.tree.leaves(self._params)
-        probes = jax.tree.leaves(of_each_device(probe, self._value))
-        scales = jax.tree.leaves(self._layers.spread(t, self._params))
-        uses = Uses(self._single)
-        weights = []
-        for i, (leaf, v, scale, ranges) in enumerate(
-            zip(leaves, probes, scales, self._sign_ranges(), strict=True)
-        ):
-            groups = tuple(
-                Signs(
-                    frozenset(axes),
-                    axes,
-                    own[start:stop].reshape([leaf.shape[a] for a in axes]).astype(leaf.dtype),
-                )
-                for axes, start, stop in ranges
-            )
-            weights.append(Perturbed(i, leaf, v, scale, groups, uses))
-        (value,) = evaluate(self._jaxpr, [*weights, *jax.tree.leaves(example)])
-        return value, uses.entries
 
 
 def _standard_error(samples: jax.Array, independent: list[bool]) -> jax.Array:

@@ -8,7 +8,6 @@ and the first term is the Gauss-Newton matrix.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +18,17 @@ import jax.numpy as jnp
 from lama_optax._checks import check_count
 from lama_optax._jaxpr.channels_last import channels_last
 from lama_optax._jaxpr.interpret import names_in
-from lama_optax._jaxpr.weights.evaluate import evaluate
-from lama_optax._jaxpr.weights.perturbed import Perturbed, Taps, UsedAgain
-from lama_optax.curvature.protocol import LayerCurvature, check_batch, of_each_device
-from lama_optax.layers import Layers
+from lama_optax._jaxpr.weights.follow import Value, evaluate
+from lama_optax._jaxpr.weights.taps import Tapped, Taps
+from lama_optax.curvature.examples import check_mean, trace_checked
+from lama_optax.curvature.probes import laid_out
+from lama_optax.curvature.protocol import (
+    LayerCurvature,
+    check_batch,
+    check_visible,
+    of_each_device,
+)
+from lama_optax.layers import Layers, LayerSpec, resolve_layers
 
 PyTree = Any
 # Of the Jacobians of all examples, so many entries are held at once.
@@ -45,19 +51,12 @@ class _GaussNewton:
         example_output_fn: Callable[[PyTree, PyTree], jax.Array] | None = None,
         output_loss_fn: Callable[[jax.Array, PyTree], jax.Array] | None = None,
         batch: PyTree = None,
+        value_fn: Callable[[PyTree], Any] | None = None,
         **extra_args: Any,
     ) -> LayerCurvature:
         """The mean over examples of ``trace(J_l^T (d^2 l / dz^2) J_l)``, over N_l."""
         del key, extra_args
-        if example_output_fn is None or output_loss_fn is None or batch is None:
-            raise ValueError(
-                "example_output_fn, output_loss_fn and batch are needed by gauss_newton:"
-                " tx.update(grads, state, params, example_output_fn=lambda p, example: outputs of"
-                " one example, output_loss_fn=lambda outputs, example: its loss, batch=batch),"
-                " where the arrays of batch have the examples along their leading axis."
-            )
-        batch_size = check_batch(batch)
-        network = _Network(example_output_fn, params, batch, layers)
+        network = _Network(example_output_fn, output_loss_fn, params, batch, layers)
         count = math.prod(network.shape)
         if count > self.max_outputs:
             raise ValueError(
@@ -65,33 +64,70 @@ class _GaussNewton:
                 f" each costs a backward pass; got shape {network.shape}. flipout() needs none."
             )
 
-        def output_hessian(z: jax.Array, example: PyTree) -> jax.Array:
+        def of_example(params: PyTree, example: PyTree) -> tuple[jax.Array, jax.Array]:
             def loss(z: jax.Array) -> jax.Array:
-                assert output_loss_fn is not None
-                value = output_loss_fn(z.reshape(network.shape), example)
-                if jnp.shape(value) != ():
-                    raise ValueError(
-                        "output_loss_fn must return a scalar, the loss of one example; got shape"
-                        f" {jnp.shape(value)}."
-                    )
-                return value
+                return network.loss(z, example)
 
-            return jax.hessian(loss)(z)
+            def outputs(moves: dict[int, jax.Array]) -> Any:
+                return network(moves, params, example)
 
-        def traces(example: PyTree) -> jax.Array:
-            outputs = functools.partial(network, example=example)
-            z, pull_back, rows = jax.vjp(outputs, network.moves(), has_aux=True)
-            (jacobian,) = jax.vmap(pull_back)(of_each_device(jnp.eye(count, dtype=z.dtype), z))
-            return network.by_layer(jacobian, rows, output_hessian(z, example))
+            z, pull_back, rows = jax.vjp(outputs, network.moves(params, example), has_aux=True)
+            identity = of_each_device(jnp.eye(count, dtype=z.dtype), z)
+            sharding = jax.typeof(z).sharding
+            (jacobian,) = jax.vmap(lambda row: pull_back(laid_out(row, sharding)))(identity)
+            return network.by_layer(jacobian, rows, jax.hessian(loss)(z)), loss(z)
 
-        of_example = channels_last(traces, network.primitives)
+        per_example = channels_last(of_example, network.primitives)
         chunk = max(1, _MAX_ENTRIES // (count * network.entries + 1))
-        if chunk >= batch_size:
-            of_examples = jax.vmap(of_example)(batch)
+        if chunk >= check_batch(batch):
+            traces, losses = jax.vmap(per_example, (None, 0))(params, batch)
         else:
-            of_examples = jax.lax.map(of_example, batch, batch_size=chunk)
-        trace = jnp.mean(of_examples, axis=0)
+            traces, losses = jax.lax.map(
+                lambda example: per_example(params, example), batch, batch_size=chunk
+            )
+        is_same = check_mean(
+            "example_output_fn",
+            jnp.mean(losses.astype(layers.dtype)),
+            value_fn,
+            params,
+            network.closed,
+        )
+        trace = is_same * jnp.mean(traces, axis=0)
         return LayerCurvature.from_trace(layers, trace, jnp.zeros_like(trace))
+
+    def explain(
+        self,
+        params: PyTree,
+        *,
+        layers: LayerSpec = "module",
+        example_output_fn: Callable[[PyTree, PyTree], jax.Array] | None = None,
+        output_loss_fn: Callable[[jax.Array, PyTree], jax.Array] | None = None,
+        batch: PyTree = None,
+        **extra_args: Any,
+    ) -> dict[str, dict[str, Any]]:
+        """Says how `estimate` would take each layer's derivatives, without computing anything.
+
+        Args:
+          params: as for `layer_curvature`; shapes (`jax.ShapeDtypeStruct`) are enough.
+          layers: as for `layer_curvature`.
+          example_output_fn: as for the estimate.
+          output_loss_fn: as for the estimate.
+          batch: as for the estimate; shapes are enough.
+          **extra_args: ignored.
+
+        Returns:
+          name of the layer -> ``{"path": ..., "why": [...]}``. The path is ``"rows"`` where no
+          derivative by a weight is formed, else ``"jacobian"``; "why" lists the leaves whose
+          derivatives are formed, each with the use that asked for it.
+        """
+        del extra_args
+        partition = resolve_layers(layers, params)
+        network = _Network(example_output_fn, output_loss_fn, params, batch, partition)
+        report: dict[str, dict[str, Any]] = {}
+        for layer, name in enumerate(partition.names):
+            why = network.formed(layer)
+            report[name] = {"path": "jacobian" if why else "rows", "why": why}
+        return report
 
 
 class _Network:
@@ -104,67 +140,98 @@ class _Network:
 
     def __init__(
         self,
-        output_fn: Callable[[PyTree, PyTree], jax.Array],
+        output_fn: Callable[[PyTree, PyTree], jax.Array] | None,
+        loss_fn: Callable[[jax.Array, PyTree], jax.Array] | None,
         params: PyTree,
         batch: PyTree,
         layers: Layers,
     ):
-        example = jax.tree.map(lambda x: x[0], batch)
-        self._layers = layers
-        out = jax.eval_shape(output_fn, params, example)
-        if not hasattr(out, "shape") or not jnp.issubdtype(out.dtype, jnp.floating):
-            raise ValueError(f"example_output_fn must return one real array; got {out}.")
-        self.shape = out.shape
-        self._outputs = output_fn(params, example)
-        params = of_each_device(params, self._outputs)
-        self._leaves, self._structure = jax.tree.flatten(params)
-        self._jaxpr = jax.make_jaxpr(output_fn)(params, example)
-        self.primitives = names_in(self._jaxpr)
-        # A stacked leaf holds several layers.
-        tapped = {i for i, depth in enumerate(layers.leaf_depth) if depth is None}
-        self._shapes: dict[int, tuple[int, int]] = dict.fromkeys(tapped, (0, 0))
-        while True:
-            taps = Taps({})
-            try:
-                jax.eval_shape(lambda e, taps=taps: self._evaluated({}, taps, e), example)
-            except UsedAgain as use:
-                del self._shapes[use.leaf]
-            else:
-                # A leaf that no output depends on moves itself, and nothing.
-                self._shapes = {i: taps.shapes[i] for i in self._shapes if i in taps.shapes}
-                break
+        """Traces the outputs once and finds, on shapes alone, how each leaf is used."""
+        if output_fn is None or loss_fn is None or batch is None:
+            raise ValueError(
+                "example_output_fn, output_loss_fn and batch are needed by gauss_newton:"
+                " tx.update(grads, state, params, example_output_fn=lambda p, example: outputs of"
+                " one example, output_loss_fn=lambda outputs, example: its loss, batch=batch),"
+                " where the arrays of batch have the examples along their leading axis."
+            )
+        check_batch(batch)
+        check_visible("example_output_fn", params)
 
-    def moves(self) -> dict[int, jax.Array]:
-        """Of each leaf, zeros."""
-        zeros = {
-            i: jnp.zeros(self._shapes.get(i, leaf.shape), leaf.dtype)
-            for i, leaf in enumerate(self._leaves)
+        def checked(p: PyTree, example: PyTree) -> jax.Array:
+            out = output_fn(p, example)
+            if not hasattr(out, "shape") or not jnp.issubdtype(out.dtype, jnp.floating):
+                raise ValueError(f"example_output_fn must return one real array; got {out}.")
+            return jnp.asarray(out)
+
+        self._layers, self._loss_fn = layers, loss_fn
+        self.closed = trace_checked("example_output_fn", checked, params, batch)
+        self.primitives = names_in(self.closed)
+        self.shape = self.closed.out_avals[0].shape
+        paths_and_leaves, self._structure = jax.tree_util.tree_flatten_with_path(params)
+        self._names = [jax.tree_util.keystr(path) for path, _ in paths_and_leaves]
+        self._sizes = [math.prod(leaf.shape) for _, leaf in paths_and_leaves]
+        # A stacked leaf holds several layers.
+        self._shapes: dict[int, tuple[int, int]] = {
+            i: (0, 0) for i, depth in enumerate(layers.leaf_depth) if depth is None
         }
-        return of_each_device(zeros, self._outputs)
+        found = Taps({})
+
+        def find(params: PyTree, example: PyTree) -> jax.Array:
+            return self._evaluated({}, params, example, found)
+
+        jax.eval_shape(jax.vmap(find, (None, 0)), params, batch)
+        self._lost = found.lost
+        self._shapes = {i: shape for i, shape in found.shapes.items() if i not in found.lost}
 
     @property
     def entries(self) -> int:
         """Of all moves."""
-        return sum(
-            math.prod(self._shapes.get(i, leaf.shape)) for i, leaf in enumerate(self._leaves)
-        )
+        return sum(math.prod(self._shapes.get(i, (size,))) for i, size in enumerate(self._sizes))
+
+    def formed(self, layer: int) -> list[str]:
+        """The leaves of a layer whose derivatives are formed, and why."""
+        leaves = zip(self._names, self._layers.leaf_layer, self._layers.leaf_depth, strict=True)
+        return [
+            f"{name}: {self._lost.get(i, 'it has no use' if depth is None else 'it is stacked')}"
+            for i, (name, first, depth) in enumerate(leaves)
+            if first <= layer < first + (depth or 1) and i not in self._shapes
+        ]
+
+    def loss(self, z: jax.Array, example: PyTree) -> jax.Array:
+        """The loss of one example's outputs, which are flat."""
+        value = self._loss_fn(z.reshape(self.shape), example)
+        if jnp.shape(value) != ():
+            raise ValueError(
+                "output_loss_fn must return a scalar, the loss of one example; got shape"
+                f" {jnp.shape(value)}."
+            )
+        return value
+
+    def moves(self, params: PyTree, example: PyTree) -> dict[int, jax.Array]:
+        """Of each leaf, zeros."""
+        zeros = {
+            i: jnp.zeros(self._shapes.get(i, leaf.shape), leaf.dtype)
+            for i, leaf in enumerate(jax.tree.leaves(params))
+        }
+        return of_each_device(zeros, (params, example, self.closed.consts))
 
     def __call__(
-        self, moves: dict[int, jax.Array], example: PyTree
+        self, moves: dict[int, jax.Array], params: PyTree, example: PyTree
     ) -> tuple[jax.Array, dict[int, jax.Array]]:
         """The outputs, flat, and the rows p of each leaf that is used in a product."""
         taps = Taps({i: moves[i] for i in self._shapes})
-        return self._evaluated(moves, taps, example), taps.rows
+        return self._evaluated(moves, params, example, taps), taps.rows
 
-    def _evaluated(self, moves: dict[int, jax.Array], taps: Taps, example: PyTree) -> jax.Array:
-        args: list[jax.Array | Perturbed] = []
-        for i, leaf in enumerate(self._leaves):
+    def _evaluated(
+        self, moves: dict[int, jax.Array], params: PyTree, example: PyTree, taps: Taps
+    ) -> jax.Array:
+        args: list[Value] = []
+        for i, leaf in enumerate(jax.tree.leaves(params)):
             if i in self._shapes:
-                unit = jnp.ones((), leaf.dtype)
-                args.append(Perturbed(i, leaf, leaf, unit, (), taps))
+                args.append(Tapped(i, leaf, taps))
             else:
                 args.append(leaf + moves[i] if i in moves else leaf)
-        return evaluate(self._jaxpr, [*args, *jax.tree.leaves(example)])[0].reshape(-1)
+        return evaluate(self.closed, [*args, *jax.tree.leaves(example)])[0].reshape(-1)
 
     def by_layer(
         self, jacobian: dict[int, jax.Array], rows: dict[int, jax.Array], hessian: jax.Array
@@ -173,7 +240,7 @@ class _Network:
         dtype = self._layers.dtype
         hessian = hessian.astype(dtype)
         found = []
-        for i in range(len(self._leaves)):
+        for i in range(len(self._names)):
             j = jacobian[i].astype(dtype)
             weighted = jnp.tensordot(hessian, j, 1)
             if i in rows:

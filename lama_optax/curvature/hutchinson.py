@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lama_optax._checks import check_count, check_flag, check_number, check_word
+from lama_optax._checks import check_count, check_flag, check_number, check_word, wide_dtype
 from lama_optax._jaxpr.channels_last import channels_last
 from lama_optax.curvature.probes import PROBES
 from lama_optax.curvature.protocol import (
@@ -123,16 +123,39 @@ class _Hutchinson:
         gradient = channels_last(jax.grad(objective), primitives)
         # H v ~ (grad L(theta + delta v) - grad L(theta)) / delta
         at_params = gradient(params)
+        steps = jax.tree.map(lambda p: _representable_step(p, self.fd_step), params)
 
         def finite_difference(params: PyTree, v: PyTree) -> PyTree:
-            moved = jax.tree.map(lambda p, d: p + jnp.asarray(self.fd_step, p.dtype) * d, params, v)
+            moved = jax.tree.map(
+                lambda p, d, step: (p.astype(step.dtype) + step * d.astype(step.dtype)).astype(
+                    p.dtype
+                ),
+                params,
+                v,
+                steps,
+            )
             return jax.tree.map(
-                lambda g1, g0: (g1 - g0) / jnp.asarray(self.fd_step, g0.dtype),
+                lambda g1, g0, step: (g1.astype(step.dtype) - g0.astype(step.dtype)) / step,
                 gradient(moved),
                 at_params,
+                steps,
             )
 
         return finite_difference
+
+
+def _representable_step(p: jax.Array, step: float) -> jax.Array:
+    """For each entry the step nearest to ``step`` that its dtype can take; NaN where that is 0.
+
+    |p| + step is rounded to the grid of the dtype there, on which p - step lies too: it is at least
+    as fine towards 0.
+    """
+    wide = wide_dtype(p)
+    dtype = jnp.finfo(p.dtype)
+    size = jnp.abs(p.astype(wide))
+    end = jax.lax.reduce_precision(size + step, dtype.nexp, dtype.nmant)
+    taken = end - size
+    return jnp.where(taken > 0, taken, jnp.nan)
 
 
 def _second_derivative(
@@ -208,7 +231,9 @@ def hutchinson(
         layer's block on the sphere of radius :math:`\sqrt{N_l}`).
       hvp: ``"exact"`` (`jax.jvp` of `jax.grad`) or ``"finite_difference"`` (of gradients; for
         losses that cannot be differentiated twice).
-      fd_step: the finite difference's step delta, in units of the parameters.
+      fd_step: the finite difference's step delta, in units of the parameters. Each entry takes the
+        nearest step that its dtype holds and divides by that one. A layer with an entry so large
+        that the step rounds away is NaN: take a larger step, or wider parameters.
       scope: ``"joint"``: one probe over all layers, K products in all; the other layers' entries
         add noise. ``"block"``: one layer at a time, no noise from the others: K L products, or up
         to 8 layers K L second derivatives forward over forward, which together cost less than K

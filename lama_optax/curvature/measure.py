@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -102,18 +102,41 @@ def layer_curvature(
     if hasattr(batches, "__len__"):
         total = len(batches)  # type: ignore[arg-type]
     estimate = _compiled_once(estimator, params, partition)
-
-    samples: list[np.ndarray] = []
-    next_look = _FIRST_LOOK
     own_error: jax.Array | None = None
-    try:
+
+    def means() -> Iterator[np.ndarray]:
+        nonlocal own_error
         for i, arguments in enumerate(_with_progress(found, total)):
             one = estimate(jax.random.fold_in(key, i), arguments)
-            samples.append(np.asarray(one.mean, np.float64))
             own_error = one.std_error
-            if not np.isfinite(samples[-1]).all():
-                unknown = np.asarray(partition.names)[~np.isfinite(samples[-1])]
-                raise ValueError(f"estimate {i} is not finite for the layers {list(unknown)}.")
+            yield np.asarray(one.mean, np.float64)
+
+    samples = _collected(means(), partition.names, relative_error, share)
+    size = partition.size_array()
+    error = own_error if batches is None else None
+    if len(samples) > 1:
+        error = jnp.asarray(_error(samples), partition.dtype)
+    mean = jnp.asarray(np.mean(samples, axis=0), partition.dtype)
+    return LayerCurvature.from_trace(
+        partition, mean * size, None if error is None else error * size
+    )
+
+
+def _collected(
+    means: Iterable[np.ndarray],
+    names: Sequence[str],
+    relative_error: float | None,
+    share: float,
+) -> list[np.ndarray]:
+    """All of the estimates, or so many that the layers are known to ``relative_error``."""
+    samples: list[np.ndarray] = []
+    next_look = _FIRST_LOOK
+    try:
+        for mean in means:
+            if not np.isfinite(mean).all():
+                unknown = [name for name, x in zip(names, mean, strict=True) if not np.isfinite(x)]
+                raise ValueError(f"estimate {len(samples)} is not finite for the layers {unknown}.")
+            samples.append(mean)
             if relative_error is not None and len(samples) == next_look:
                 if np.mean(_is_known(samples, relative_error)) >= share:
                     break
@@ -122,22 +145,17 @@ def layer_curvature(
     except KeyboardInterrupt:
         if not samples:
             raise
-        warnings.warn(f"interrupted: the mean is over {len(samples)} estimates.", stacklevel=2)
+        warnings.warn(f"interrupted: the mean is over {len(samples)} estimates.", stacklevel=3)
     if not samples:
         raise ValueError("batches must hold at least one batch; got none.")
     if relative_error is not None and not (known := _is_known(samples, relative_error)).all():
-        names = [name for name, ok in zip(partition.names, known, strict=True) if not ok]
+        unknown = [name for name, ok in zip(names, known, strict=True) if not ok]
         warnings.warn(
             f"not known to a relative error of {relative_error} after {len(samples)} estimates:"
-            f" {', '.join(names)}.",
-            stacklevel=2,
+            f" {', '.join(unknown)}.",
+            stacklevel=3,
         )
-    size = partition.size_array()
-    mean = jnp.asarray(np.mean(samples, axis=0), partition.dtype)
-    error = None if len(samples) == 1 else jnp.asarray(_error(samples), partition.dtype) * size
-    if len(samples) == 1 and batches is None:
-        error = None if own_error is None else own_error * size
-    return LayerCurvature.from_trace(partition, mean * size, error)
+    return samples
 
 
 def _error(samples: list[np.ndarray]) -> np.ndarray:

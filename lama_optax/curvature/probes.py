@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lama_optax.layers import Layers
 
@@ -34,9 +34,20 @@ def signs(key: jax.Array, shape: tuple[int, ...], dtype: Any, out_sharding: Any 
     place = jax.lax.broadcasted_iota(words.dtype, (*words.shape, 32), words.ndim)
     bits = jnp.right_shift(words[..., None], place) & 1
     flat = bits.reshape(*shape[:-1], words.shape[-1] * 32)[..., : shape[-1]]
-    drawn = (1 - 2 * flat.astype(jnp.int8)).astype(dtype)
-    if out_sharding is not None and AxisType.Explicit in out_sharding.mesh.axis_types:
-        return jax.sharding.reshard(drawn, out_sharding)
+    return laid_out((1 - 2 * flat.astype(jnp.int8)).astype(dtype), out_sharding)
+
+
+def along_examples(drawn: jax.Array, batch: PyTree) -> jax.Array:
+    """Numbers for each example, of shape (batch_size, n), where the examples of ``batch`` are."""
+    sharding = jax.typeof(jax.tree.leaves(batch)[0]).sharding
+    spec = PartitionSpec(*sharding.spec[:1], *[None] * (drawn.ndim - 1))
+    return laid_out(drawn, NamedSharding(sharding.mesh, spec))
+
+
+def laid_out(drawn: jax.Array, sharding: Any) -> jax.Array:
+    """An array spread over the devices like another, which meshes with explicit axes ask for."""
+    if sharding is not None and AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(drawn, sharding)
     return drawn
 
 

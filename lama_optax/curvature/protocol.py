@@ -111,12 +111,13 @@ def check_batch(batch: PyTree) -> int:
     return lengths.pop()[0]
 
 
-def of_each_device(tree: PyTree, like: jax.Array) -> PyTree:
-    """``tree``, which in `jax.shard_map` may differ between devices if ``like`` may.
+def of_each_device(tree: PyTree, like: PyTree) -> PyTree:
+    """``tree``, which in `jax.shard_map` may differ between devices if an array of ``like`` may.
 
     JAX sums a derivative by what all devices share over them; an example's is its device's own.
     """
-    zero = jnp.zeros_like(jnp.sum(like))
+    numbers = [x for x in jax.tree.leaves(like) if jnp.isdtype(x.dtype, ("numeric", "bool"))]
+    zero = sum((jnp.zeros_like(jnp.sum(x), jnp.float32) for x in numbers), jnp.float32(0))
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
 
 
@@ -167,7 +168,8 @@ def scalar_objective(
             " of params alone, for instance tx.update(grads, state, params,"
             " value_fn=lambda p: loss_fn(p, batch)), or pass curvature=... A wrapper that passes no"
             " extra arguments on (optax.lookahead, optax.contrib.sam) needs it bound:"
-            " functools.partial(tx.update, value_fn=...)."
+            " functools.partial(tx.update, value_fn=...). Flax's own TrainState passes none on:"
+            " take lama_optax.flax.TrainState."
         )
     if not callable(value_fn):
         raise ValueError(f"value_fn must be a function of params; got {value_fn!r}.")
@@ -244,6 +246,7 @@ def check_twice_differentiable(
     if not has_derivative:
         raise ValueError(
             "value_fn holds an operation that cannot be differentiated twice (a jax.custom_vjp"
-            " without a JVP). Use hutchinson(hvp='finite_difference'), which needs gradients alone,"
-            " or pass a value_fn that does without the operation."
+            " without a JVP). Use hutchinson(hvp='finite_difference') or fisher(), which need"
+            " gradients alone, or pass a value_fn that does without the operation: for an ODE"
+            " solver, one that differentiates through its steps instead of by an adjoint."
         ) from cause

@@ -59,7 +59,19 @@ class _Task:
     # "inputs" and "targets", and where there are any, "weights"
     batch: dict[str, PyTree]
 
-    def value(self, params: PyTree) -> jax.Array:
+    # The names are those of `supervised`'s entries. They are ignored: optax's line searches refuse
+    # an argument of `update` that value_fn does not take.
+    def value(
+        self,
+        params: PyTree,
+        *,
+        losses_fn: Any = None,
+        sampled_losses_fn: Any = None,
+        example_value_fn: Any = None,
+        batch: Any = None,
+        example_output_fn: Any = None,
+        output_loss_fn: Any = None,
+    ) -> jax.Array:
         losses, weights = self.losses_and_weights(self.outputs(params), self.batch)
         if weights is None:
             return jnp.mean(losses)
@@ -146,7 +158,8 @@ def supervised(
       A dict for ``tx.update(grads, state, params, **task)``, ``layer_curvature(..., **task)`` and
       ``batches=``. Each entry is a plain function or array, which you may replace by your own:
 
-      * ``value_fn(params)``: the loss, for the gradient and for `hutchinson` and `exact_trace`;
+      * ``value_fn(params)``: the loss, for the gradient and for `hutchinson` and `exact_trace`. It
+        takes and ignores the other entries by keyword, which a line search of optax asks for;
       * ``losses_fn(params)``: the losses of predictions, not reduced, or ``(losses, weights)``;
       * ``sampled_losses_fn(params, key)``: the same with targets drawn from the outputs, for
         `fisher`;

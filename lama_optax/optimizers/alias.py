@@ -44,31 +44,26 @@ def lama_adam(
 
     where :math:`u_t` is the update of `lama_scale` and :math:`w` the weight decay.
 
-    Use it to see each layer's curvature while Adam trains, or to study momentum per layer. Do not
-    use it for a lower loss: on nine workloads, tuned against tuned, its held-out loss was 2.73 %
-    above that of Adam with b1 tuned (95 % interval 1.58 to 3.96), and it took 2.9 times the
-    gradients to the same loss. Use ``optax.adam(learning_rate, b1)`` instead, and tune both;
-    where ``sensitivity`` seems to help, tune Adam's learning rate first: Adam with the mean gain
-    of Eq. 6 could not be told from it. All figures are from ``benchmarks/RESULTS.md``.
+    Use it to study momentum per layer. That it lowers a loss has not been shown: with the
+    document's ``sensitivity`` it is Adam to four digits, and with a larger one Eq. 6 mostly moves
+    the step size, as ``make moons`` prints. To read curvature, chain `track_curvature` before the
+    optimizer that you tune anyway.
+
+    The paper's setting is ``lama_adam(1e-3, estimator=hutchinson(10), update_interval=1,
+    max_momentum=None)``, which ``make moons`` uses.
 
     Args:
       learning_rate: a number or a schedule.
-      b1: see `lama_scale`, as all up to ``key``.
+      b1: momentum, see `lama_scale`, as all up to ``key``.
       b2: decay of the squared gradients.
       eps: added to the denominator.
       eps_root: added under its square root.
       alpha_min: lower limit of the factor on b1.
       alpha_max: upper limit of the factor on b1.
       sensitivity: the document's lambda.
-      estimator: of each layer's curvature. By default one probe, and that at every tenth step:
-        more probes lowered no held-out loss by more than 1.6 %. Where the curvature itself is
-        read, ``flipout()``, ``gauss_newton()`` or ``curvature_decay=0.9`` estimate it better.
+      estimator: of each layer's curvature.
       layers: what one layer is.
-      update_interval: steps from one estimate to the next. The document's setting is 1, with
-        ``estimator=hutchinson(10)``. Intervals up to 100 changed nothing measurably on one
-        workload; on the other, where a lambda of -214 was selected, every tenth step gave a
-        loss 7.2 % higher and every hundredth 60 %, with runs that diverged: take 1 where lambda H
-        is large.
+      update_interval: steps from one estimate to the next. Take 1 where lambda H is large.
       curvature_decay: decay of the moving average over estimates.
       momentum: ``"paper"`` or ``"ema"``.
       max_momentum: upper limit of alpha b1.
@@ -158,9 +153,7 @@ def lam(
       \theta_t = \theta_{t-1} - \eta_t \frac{g_t}{\sqrt{v_t} + \varepsilon}
 
     Per weight it equals ``optax.rmsprop(learning_rate, decay=0.9, eps=1e-8, eps_in_sqrt=False)``.
-    Tuned against tuned on nine workloads its held-out loss was 7.11 % above Adam's with b1 tuned
-    (95 % interval 5.65 to 8.43), per layer 17.6 % (15.9 to 19.3): use it where one accumulator a
-    layer is what memory allows (``benchmarks/RESULTS.md``).
+    Per layer it keeps one accumulator a layer, for where memory allows no more.
 
     Args:
       learning_rate: a number or a schedule.

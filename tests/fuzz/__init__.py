@@ -1,0 +1,1 @@
+"""Random programs, compared with their exact matrices: ``python -m tests.fuzz SEED``."""

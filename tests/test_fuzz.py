@@ -1,0 +1,47 @@
+"""Random programs: flipout in both scopes and gauss_newton against the exact matrices.
+
+A failure names the seed; ``python -m tests.fuzz SEED`` prints the program and the comparison.
+"""
+
+import jax
+import pytest
+from fuzz import compare
+from fuzz.program import PARTS, program
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+NUM_PROGRAMS = 220
+# Every part once, in few programs that compile fast.
+QUICK = tuple(range(12))
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(seed, marks=() if seed in QUICK else pytest.mark.slow)
+        for seed in range(NUM_PROGRAMS)
+    ],
+)
+def test_estimates_are_exact_or_unbiased(seed):
+    chosen = program(seed)
+    wrong = compare.failures(chosen)
+    if seed % 10 == 9:
+        jax.clear_caches()  # compiled programs would fill the memory
+    assert not wrong, "\n".join([f"seed {seed}:", *chosen.description, *wrong])
+
+
+def test_the_comparison_sees_a_bias(monkeypatch):
+    traces = compare._traces
+    monkeypatch.setattr(
+        compare, "_traces", lambda *args: (1.2 * traces(*args)[0], traces(*args)[1])
+    )
+    assert {line.partition(":")[0] for line in compare.failures(program(0))} == {
+        "flipout joint",
+        "flipout block",
+        "gauss_newton",
+    }
+
+
+def test_the_quick_programs_hold_every_part():
+    names = {name.partition("_")[2] for seed in QUICK for name in program(seed).params}
+    assert names == set(PARTS)

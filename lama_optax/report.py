@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lama_optax.curvature.average import widened_share
 from lama_optax.curvature.track import CurvatureState
 from lama_optax.layers import LayerSpec, is_masked, resolve_layers, unique_names
+from lama_optax.noise_scale import NoiseScaleState
 from lama_optax.optimizers.lama import LamaState
 
 PyTree = Any
@@ -83,11 +85,101 @@ def layer_report(
             rows.append(dict(zip(columns, known, strict=True)) | {"size": size})
     # Two states may each hold a part of one module: its kernel and its bias, say.
     report = dict(zip(unique_names(names), rows, strict=True))
-    return _flat(report) if flat else report
+    return _flat(report, {"std_error": "curvature_std_error"}) if flat else report
 
 
-def _flat(report: dict[str, Row]) -> dict[str, float]:
-    prefix = {"std_error": "curvature_std_error"}
+def noise_report(
+    opt_state: PyTree, params: PyTree, layers: LayerSpec = "module", *, flat: bool = False
+) -> dict[str, Any]:
+    r"""Reads the gradient noise scale, of all parameters and of each layer, out of a state.
+
+    At a batch of B examples training takes about :math:`1 + B_\mathrm{noise} / B` times the steps
+    of an endless batch, and :math:`1 + B / B_\mathrm{noise}` times the fewest examples:
+
+    =================================  =====  ====  ===  =  ===  ====
+    batch size over noise scale         1/8    1/4  1/2  1    2     4
+    steps over the minimum                9      5    3  2  1.5  1.25
+    examples over the minimum         1.125   1.25  1.5  2    3     5
+    =================================  =====  ====  ===  =  ===  ====
+
+    Args:
+      opt_state: any optax state that holds the state of `track_noise_scale` once, however deep.
+      params: the parameters that the state was made for.
+      layers: the same as `track_noise_scale` was given.
+      flat: whether to return one number a name, as loggers take them.
+
+    Returns:
+      ``"total"``, and each layer's name -> ``{"noise_scale": in examples, "std_error": by the delta
+      method, "at_least": ..., "at_most": ...}``, as Python numbers, for `json.dumps`. The last two
+      are the ends of Fieller's 95 % interval for a ratio. What is not known is None: ``at_most``
+      where :math:`\lVert G \rVert^2` may be 0, ``at_least`` where :math:`\operatorname{tr}(\Sigma)`
+      may be, the other two where either may; all of them before the third estimate. With ``flat``:
+      ``{"noise_scale/total": ..., "noise_scale_std_error/total": ..., "noise_scale_at_least/...":
+      ..., "noise_scale_at_most/...": ...}``, without what is not known. Call it outside `jax.jit`.
+
+    Raises:
+      ValueError: if ``opt_state`` does not hold one such state, or ``layers`` do not fit it.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from lama_optax import noise_report, track_noise_scale
+      >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+      >>> report = noise_report(track_noise_scale().init(params), params)
+      >>> report["total"]
+      {'noise_scale': None, 'std_error': None, 'at_least': None, 'at_most': None}
+      >>> list(report)
+      ['total', 'Dense_0']
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, NoiseScaleState))
+    states = [node for node in nodes if isinstance(node, NoiseScaleState)]
+    if len(states) != 1:
+        raise ValueError(
+            f"opt_state must hold the state of track_noise_scale once; found {len(states)}."
+        )
+    # From leaves, since nnx.Optimizer wraps every array of its state.
+    state = NoiseScaleState(*jax.device_get(jax.tree.leaves(states[0])))
+    names = resolve_layers(layers, params).names
+    if len(names) + 1 != len(state.weight):
+        raise ValueError(
+            f"layers must be what track_noise_scale was given; it has {len(state.weight) - 1}"
+            f" layers, layers={layers!r} gives {len(names)}."
+        )
+    factor, known = (np.asarray(x, np.float64) for x in widened_share(state.average))
+    mean, spread = (np.asarray(x, np.float64) for x in (state.mean, state.spread))
+    unknown: Row = dict.fromkeys(("noise_scale", "std_error", "at_least", "at_most"))
+    rows = [
+        unknown | (_ratio(mean[:, i], spread[:, :, i] * factor[i]) if known[i] else {})
+        for i in (-1, *range(len(names)))
+    ]
+    report = dict(zip(unique_names(["total", *names]), rows, strict=True))
+    prefix = {column: f"noise_scale_{column}" for column in ("std_error", "at_least", "at_most")}
+    return _flat(report, prefix) if flat else report
+
+
+def _ratio(mean: np.ndarray, variance: np.ndarray) -> Row:
+    """Ratio x / y of two means that are not negative, and where it lies to 95 %.
+
+    Fieller's interval holds each ratio r for which x - r y lies within 1.96 of its own standard
+    errors of 0: a r^2 - 2 b r + c <= 0. Where y is known not to be 0, a > 0; where x is, c > 0.
+    """
+    (x, y), ((xx, xy), (_, yy)) = mean, variance
+    a, b, c = (p - 1.96**2 * v for p, v in ((y * y, yy), (x * y, xy), (x * x, xx)))
+    root = np.sqrt(max(b * b - a * c, 0.0))
+    row: Row = {}
+    if b + root <= 0:  # so it is too where x or y is known to be negative
+        return row
+    if x > 0 and c > 0:
+        row["at_least"] = float(c / (b + root))
+    if y > 0 and a > 0:
+        row["at_most"] = float((b + root) / a)
+    if len(row) == 2:
+        row["noise_scale"] = float(x / y)
+        relative = xx / x**2 - 2 * xy / (x * y) + yy / y**2
+        row["std_error"] = float(x / y * np.sqrt(max(relative, 0.0)))
+    return row
+
+
+def _flat(report: dict[str, Row], prefix: dict[str, str]) -> dict[str, float]:
     return {
         f"{prefix.get(column, column)}/{name}": value
         for name, row in report.items()

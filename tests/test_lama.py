@@ -354,16 +354,17 @@ def test_eps_root_keeps_a_derivative_through_update_finite(eps_root):
     """A dead unit has the gradient 0, where the root's derivative is infinite: as in optax.adam."""
 
     def value_fn(p):
-        off = jax.nn.relu(p["live"][0] - 5.0)
-        return jnp.sum(jnp.square(p["live"])) + jnp.sum(p["dead"] * off)
+        hidden = jax.nn.relu(jnp.ones((1, 2)) @ p["in"] + jnp.asarray([[0.1, -50.0]]))
+        return jnp.sum((hidden @ p["out"] - 1.0) ** 2)
 
     def after_one_step(p):
         tx = lama_adam(0.1, eps_root=eps_root)
         updates, _ = tx.update(jax.grad(value_fn)(p), tx.init(p), p, value_fn=value_fn)
         return value_fn(optax.apply_updates(p, updates))
 
-    gradient = jax.grad(after_one_step)({"live": jnp.ones(2), "dead": jnp.ones(1)})
-    assert bool(jnp.isfinite(gradient["dead"]).all()) == (eps_root > 0)
+    gradient = jax.grad(after_one_step)({"in": jnp.ones((2, 2)) / 3, "out": jnp.ones((2, 1))})
+    finite = all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert finite == (eps_root > 0)
 
 
 # What is not finite.

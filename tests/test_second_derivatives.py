@@ -67,6 +67,15 @@ def normalised(*t):
     return jnp.sum(jax.nn.gelu(x * jnp.exp(y)) / (1 + z**2)) + jnp.sum(jnp.max(z, axis=0) * y[0])
 
 
+def copied(*t):
+    """Elementwise functions of values that are copied along an axis, and of a number."""
+    x, y, z = moved(t)
+    length = jnp.sqrt(jnp.sum(x**2, axis=0, keepdims=True))
+    return jnp.sum((Y / length) ** 3) + jnp.sum(
+        length * jnp.sin(jnp.sum(y)) * A + jnp.exp(z[:1] * z)
+    )
+
+
 def piecewise(*t):
     """Operations whose results are no real numbers, or do not move."""
     x, y, z = moved(t)
@@ -112,8 +121,8 @@ def constant(*t):
 
 
 FUNCTIONS = [
-    layers, residual, attention, softmaxes, normalised, piecewise, recurrent, nested, convolved,
-    partly_moved, constant,
+    layers, residual, attention, softmaxes, normalised, copied, piecewise, recurrent, nested,
+    convolved, partly_moved, constant,
 ]  # fmt: skip
 
 

@@ -85,6 +85,17 @@ def rematerialised(eqn: Any) -> tuple[Any, Callable[..., Any]] | None:
     return eqn.params["jaxpr"], functools.partial(jax.checkpoint, **settings)
 
 
+def varies_already(eqn: Any, x: jax.Array) -> bool:
+    """Whether an equation lets an array differ between devices that does so already.
+
+    In `jax.shard_map` parameters are alike on all devices when a loss is traced, and may differ
+    when it is evaluated.
+    """
+    if eqn.primitive.name != "pvary":
+        return False
+    return jax.typeof(x).manual_axis_type.varying.issuperset(eqn.params["axes"])
+
+
 class Scan(NamedTuple):
     """A `jax.lax.scan`: its inputs are constants, first carry and what is scanned over."""
 

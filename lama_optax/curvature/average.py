@@ -13,6 +13,8 @@ That error is itself estimated, from about 1/S estimates. So it is widened as St
 distribution with n = 1/S - 1 degrees of freedom is wider than the normal one, such that the mean
 +- 1.96 standard errors is an interval of 95 %: by 1 + 1.21 / n + 1.44 / n^2, the first terms of
 the quantile's expansion (Abramowitz and Stegun, 26.7.5). With decay 0.9 these are 7 %.
+
+An estimate may be of k numbers a layer, (k, L). Then V is their weighted covariance, (k, k, L).
 """
 
 from typing import NamedTuple
@@ -27,29 +29,37 @@ from lama_optax._checks import as_scalar
 class Average(NamedTuple):
     """A moving average for each of L layers; all entries are finite."""
 
-    mean: jax.Array  # shape=(L,), 0 before the first estimate
-    spread: jax.Array  # shape=(L,), V
+    mean: jax.Array  # shape=(L,) or (k, L), 0 before the first estimate
+    spread: jax.Array  # shape=(L,) or (k, k, L), V
     weight: jax.Array  # shape=(L,), W, 0 before the first estimate
     weight_squares: jax.Array  # shape=(L,), Q
 
 
 def absorb(old: Average, new: jax.Array, decay: ArrayLike) -> tuple[Average, jax.Array]:
-    """Averages a new estimate (L,) in, and tells which layers took it.
+    """Averages a new estimate, (L,) or (k, L), in, and tells which layers (L,) took it.
 
     A layer keeps what it had where the average would not be finite.
     """
     decay = as_scalar(decay, new.dtype)
     weight = decay * old.weight + (1 - decay)
-    mean = (decay * old.weight * old.mean + (1 - decay) * new) / weight
+    before, after = (jnp.broadcast_to(w, new.shape) for w in (decay * old.weight, weight))
+    mean = (before * old.mean + (1 - decay) * new) / after
     share = (1 - decay) / weight
     limit = jnp.finfo(new.dtype).max
     distance = jnp.clip(new - old.mean, -limit, limit)
     # In this order a first estimate, whose share is 1, adds 0 even where its square overflows.
-    spread = (1 - share) * old.spread + (1 - share) * share * distance * distance
-    spread = jnp.minimum(spread, limit)
+    scaled = jnp.broadcast_to((1 - share) * share, new.shape) * distance
+    product = scaled * distance if new.ndim == 1 else scaled[:, None] * distance[None]
+    spread = jnp.broadcast_to(1 - share, product.shape) * old.spread + product
+    spread = jnp.clip(spread, -limit, limit)
     latest = Average(mean, spread, weight, decay**2 * old.weight_squares + (1 - decay) ** 2)
-    taken = jnp.isfinite(mean)
-    return jax.tree.map(lambda n, o: jnp.where(taken, n, o), latest, old), taken
+    taken = jnp.all(jnp.isfinite(mean).reshape(-1, *weight.shape), axis=0)
+    return keep(taken, latest, old), taken
+
+
+def keep(where: jax.Array, new: Average, old: Average) -> Average:
+    """``new`` for the layers ``where`` (L,) is true, ``old`` for the others."""
+    return jax.tree.map(lambda n, o: jnp.where(jnp.broadcast_to(where, n.shape), n, o), new, old)
 
 
 def widened_share(average: Average) -> tuple[jax.Array, jax.Array]:

@@ -15,6 +15,7 @@ from lama_optax.curvature.probes import laid_out
 from lama_optax.curvature.protocol import (
     LayerCurvature,
     check_twice_differentiable,
+    of_each_device,
     primitive_names,
     scalar_objective,
 )
@@ -60,6 +61,7 @@ class _ExactTrace:
 
         def diagonal_entry(i: jax.Array) -> jax.Array:
             basis = [(x == i).astype(leaf.dtype) for x, leaf in zip(places, leaves, strict=True)]
+            basis = of_each_device(basis, leaves)
             hv = jax.tree.leaves(hvp(jax.tree.unflatten(treedef, basis)))
             own = [
                 jnp.sum(jnp.where(x == i, h, 0), dtype=layers.dtype)

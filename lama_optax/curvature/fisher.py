@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from lama_optax._checks import check_count
 from lama_optax._jaxpr.channels_last import channels_last
-from lama_optax._jaxpr.collectives import holds_collective
 from lama_optax._jaxpr.interpret import names_in
 from lama_optax.curvature.protocol import (
     LayerCurvature,
+    check_own_part,
     check_visible,
     standard_error,
     unreduced,
@@ -60,12 +60,7 @@ class _Fisher:
             )
         check_visible("sampled_losses_fn", params)
         closed = jax.make_jaxpr(sampled_losses_fn)(params, key)
-        if holds_collective(closed):
-            raise ValueError(
-                "sampled_losses_fn holds a collective (a psum or all_gather over a mapped axis):"
-                " its devices' draws could not be told apart. Let it return the losses of this"
-                " device's part of the batch, or train under jax.jit with sharded arrays."
-            )
+        check_own_part("sampled_losses_fn", closed)
 
         def scaled_mean(p: PyTree, sample_key: jax.Array) -> jax.Array:
             losses, weights = unreduced("sampled_losses_fn", sampled_losses_fn(p, sample_key))
@@ -108,7 +103,9 @@ def fisher(num_samples: int = 1) -> _Fisher:
     It estimates the Gauss-Newton matrix, which is never negative. That is the Hessian where the
     residuals' part :math:`\sum_i \partial_z \ell_i \cdot \nabla_\theta^2 z_i` vanishes: for outputs
     that are piecewise linear in each single parameter (dense layers, convolutions and biases with
-    ReLU, each used once), and about so where the data are fitted. Elsewhere the two part.
+    ReLU, each used once), and about so where the data are fitted. Elsewhere the two part. On the
+    MLP and the CNN of ``python -m benchmarks.traces``, which are of ReLU, the traces of every layer
+    agree within 3 %.
 
     Args:
       num_samples: how many times targets are drawn, each for one forward and one backward pass;

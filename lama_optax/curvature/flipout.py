@@ -210,15 +210,24 @@ def flipout(num_probes: int = 1, *, scope: str | None = None) -> _Flipout:
     :math:`v_b = (s_{b1} \otimes \dots \otimes s_{bn}) \odot V`, with one
     Rademacher V for all examples and a vector of signs for each axis and example. In
     products of the weight with activations the signs go to the activations, so that the examples
-    together still cost one matrix product with W and one with V. It works on any function that
-    JAX traces; where a use of a weight cannot carry the signs of an axis (a convolution's window,
-    the rows of an embedding), that axis has none in all uses of the weight, and the estimate stays
-    unbiased. Where a dense layer has one row of outputs for each example and its weight no other
-    use, the mean over inputs is taken exactly: the outputs move by :math:`|h_b|\, s_b` and no
-    product with V is needed. In block scope an activation f between a layer and the next product,
-    at z = h W + b, adds :math:`f''(z)\, \mathrm{E}[z'^2] = f''(z)(|h|^2 + 1)` instead of
-    :math:`f''(z)\, z'^2`: the mean over probes is exact there too. So it is through softmax of a
-    product of which the layer makes one factor, as a query or a key of attention does.
+    together still cost one matrix product with W and one with V. Where a use of a weight cannot
+    carry the signs of an axis (a convolution's window, the rows of an embedding), that axis has
+    none in all uses of the weight: the estimate stays unbiased, with more variance. Where a dense
+    layer has one row of outputs for each example and its weight no other use, the mean over inputs
+    is taken exactly: the outputs move by :math:`|h_b|\, s_b` and no product with V is needed. In
+    block scope an activation f between a layer and the next product, at z = h W + b, adds
+    :math:`f''(z)\, \mathrm{E}[z'^2] = f''(z)(|h|^2 + 1)` instead of :math:`f''(z)\, z'^2`: the
+    mean over probes is exact there too.
+
+    These short cuts are for real numbers and the operations of a list. Whatever else a loss is made
+    of takes a way that is slower and right for what has a second derivative; a loss with a
+    `jax.custom_vjp` goes to `hutchinson` as a whole. ``flipout().explain(params, ...)``, with the
+    same arguments, says which way each layer takes and which signs are lost where.
+
+    BatchNorm in training mode has no loss of one example. It is refused where the function shows
+    it. Where ``value_fn`` is given too, as `supervised` does, the mean loss of the examples must be
+    its value to rounding, else the curvature of all layers is NaN (outside of `jax.jit` it is an
+    error). Losses that draw random numbers, such as dropout, are not compared.
 
     The standard error is that of the estimate of this batch's curvature. With one probe it also
     holds the spread between examples, and so is an upper limit; for a layer with an axis without

@@ -272,8 +272,12 @@ def gauss_newton(*, max_outputs: int = 256) -> _GaussNewton:
 
     It costs a forward pass and a backward pass for each output, but forms no derivative by a weight
     where an example meets it in fewer rows than it has inputs: 2.3 gradients for an MLP and 12 for
-    a CNN of ten classes, 0.8 for the paper's network (``python -m benchmarks.traces``). The
+    a CNN of ten classes, 0.8 for the paper's network (``python -m benchmarks.traces``). Other uses
+    of a weight form the derivative; ``gauss_newton().explain(params, ...)`` says which. The
     standard error is 0.
+
+    BatchNorm in training mode has no outputs of one example. It is refused, and where ``value_fn``
+    is given too the losses are compared, as in `flipout`.
 
     Args:
       max_outputs: the largest number of outputs of one example that is accepted; static.

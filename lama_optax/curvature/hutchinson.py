@@ -16,7 +16,6 @@ from lama_optax.curvature.probes import PROBES
 from lama_optax.curvature.protocol import (
     LayerCurvature,
     check_twice_differentiable,
-    has_custom_vjp,
     primitive_names,
     scalar_objective,
     standard_error,
@@ -25,8 +24,6 @@ from lama_optax.layers import Layers
 
 PyTree = Any
 Objective = Callable[[PyTree], jax.Array]
-# Up to so many layers blocks are estimated in one program; more would compile for long.
-_UNROLLED_LAYERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +73,6 @@ class _Hutchinson:
     ) -> Callable[[PyTree, PyTree], jax.Array]:
         """The function of params and a probe that returns each ``v_l^T H v_l``, shape (L,)."""
         num_layers = len(layers.names)
-        has_forward = self.hvp == "exact" and not has_custom_vjp(primitives)
-        if self.scope == "block" and has_forward and 0 < num_layers <= _UNROLLED_LAYERS:
-
-            def second_derivatives(params: PyTree, probe: PyTree) -> jax.Array:
-                derivatives = [
-                    _second_derivative(objective, params, probe, layers, layer)
-                    for layer in range(num_layers)
-                ]
-                return jnp.stack(derivatives)
-
-            return channels_last(second_derivatives, primitives)
         hvp = self._hessian_vector_product(objective, params, primitives)
 
         def joint(params: PyTree, probe: PyTree) -> jax.Array:
@@ -158,34 +144,6 @@ def _representable_step(p: jax.Array, step: float) -> jax.Array:
     return jnp.where(taken > 0, taken, jnp.nan)
 
 
-def _second_derivative(
-    objective: Objective, params: PyTree, probe: PyTree, layers: Layers, layer: int
-) -> jax.Array:
-    """``v_l^T H_l v_l``, forward over forward: cheaper than a product where it is all one needs.
-
-    Only the layer's own leaves are moved, so that what comes before them is not differentiated.
-    """
-    leaves, treedef = jax.tree.flatten(params)
-    is_layer = jnp.arange(len(layers.names)) == layer
-    masks = jax.tree.leaves(layers.spread(is_layer, params))
-    moved = {
-        i: jnp.where(masks[i], v, 0) if depth else v
-        for i, (v, first, depth) in enumerate(
-            zip(jax.tree.leaves(probe), layers.leaf_layer, layers.leaf_depth, strict=True)
-        )
-        if first <= layer < first + (depth or 1)
-    }
-
-    def along(own: dict[int, jax.Array]) -> jax.Array:
-        full = [own.get(i, leaf) for i, leaf in enumerate(leaves)]
-        return objective(jax.tree.unflatten(treedef, full)).astype(layers.dtype)
-
-    def slope(own: dict[int, jax.Array]) -> jax.Array:
-        return jax.jvp(along, (own,), (moved,))[1]
-
-    return jax.jvp(slope, ({i: leaves[i] for i in moved},), (moved,))[1]
-
-
 def _anew(params: PyTree, probe_key: jax.Array) -> tuple[PyTree, jax.Array]:
     """Both, such that XLA takes the vectors for others in each turn of a loop over probes.
 
@@ -235,9 +193,7 @@ def hutchinson(
         nearest step that its dtype holds and divides by that one. A layer with an entry so large
         that the step rounds away is NaN: take a larger step, or wider parameters.
       scope: ``"joint"``: one probe over all layers, K products in all; the other layers' entries
-        add noise. ``"block"``: one layer at a time, no noise from the others: K L products, or up
-        to 8 layers K L second derivatives forward over forward, which together cost less than K
-        products where the layers are few.
+        add noise. ``"block"``: one layer at a time, no noise from the others: K L products.
       chunk_size: how many probes are vmapped at once; the others wait in a loop. Changes memory
         and speed only. None: one, the least memory and on a CPU the fastest.
       has_aux: whether ``value_fn`` returns ``(value, aux)``.

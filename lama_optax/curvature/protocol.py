@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lama_optax._jaxpr.collectives import holds_collective
 from lama_optax._jaxpr.interpret import names_in
 from lama_optax.layers import Layers, is_masked
 
@@ -130,6 +131,16 @@ def check_visible(name: str, params: PyTree) -> None:
             " params, as curvature=: c = layer_curvature(params, key, estimator=hutchinson(),"
             " layers='leaf', value_fn=...); tx.update(grads, state, params,"
             " curvature=jax.tree.unflatten(jax.tree.structure(params), c.mean))."
+        )
+
+
+def check_own_part(name: str, closed: Any) -> None:
+    """Raises `ValueError` if the jaxpr of the function ``name`` speaks with other devices."""
+    if holds_collective(closed):
+        raise ValueError(
+            f"{name} holds a collective (a psum or all_gather over a mapped axis):"
+            " its devices' draws could not be told apart. Let it return the losses of this"
+            " device's part of the batch, or train under jax.jit with sharded arrays."
         )
 
 

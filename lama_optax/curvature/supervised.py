@@ -1,4 +1,4 @@
-"""The functions of params that estimators ask for, made from a model and a batch."""
+"""What estimators and trackers ask for, made from a model and a batch."""
 
 import dataclasses
 import functools
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
-from lama_optax._checks import check_word
-from lama_optax.curvature.protocol import check_batch
+from lama_optax._checks import check_count, check_word
+from lama_optax.curvature.protocol import check_batch, of_each_device
 
 PyTree = Any
 ApplyFn = Callable[[PyTree, PyTree], jax.Array]
@@ -267,3 +267,69 @@ def mean_value_fn(
         return jnp.mean(jax.lax.map(one, micro_batches))
 
     return value_fn
+
+
+def grouped_value_and_grad(
+    loss_fn: Callable[..., Any], num_groups: int, *, has_aux: bool = False
+) -> Callable[[PyTree, PyTree], tuple[Any, PyTree, PyTree]]:
+    r"""The batch's loss and gradient, and the gradients of groups of its examples on the way.
+
+    .. math::
+      g_k = \nabla_\theta\, \mathrm{loss}(\theta, B_k), \qquad
+      \bar g = \frac{1}{G} \sum_{k=1}^{G} g_k
+
+    It costs no more time than the gradient of the whole batch, and the memory of G gradients.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch) -> scalar``, a mean over the batch's examples.
+      num_groups: G, at least 2 (1 where devices are the groups); 4 does well. With explicit mesh
+        axes along the batch, a multiple of their devices.
+      has_aux: whether it returns ``(scalar, aux)``.
+
+    Returns:
+      ``fn(params, batch) -> (value, grads, group_gradients)``: the means over the groups, and their
+      gradients with a leading axis of G. The batch's arrays have the examples, in random order,
+      along the leading axis; consecutive ones are a group. With ``has_aux`` value is
+      ``(value, aux)``, aux with a leading axis of G. Inside `jax.shard_map` all are this device's
+      own: average value and grads over the devices before the update.
+
+    Raises:
+      ValueError: for an argument that is not allowed, or a batch that does not divide.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from lama_optax import grouped_value_and_grad, track_noise_scale
+      >>> loss_fn = lambda params, x: jnp.mean((params["w"] - x) ** 2)
+      >>> params, batch = {"w": jnp.zeros(())}, jnp.arange(8.0)
+      >>> value, grads, groups = grouped_value_and_grad(loss_fn, 4)(params, batch)
+      >>> float(grads["w"]), groups["w"].tolist()
+      (-7.0, [-1.0, -5.0, -9.0, -13.0])
+      >>> tx = track_noise_scale()
+      >>> updates, state = tx.update(
+      ...     grads, tx.init(params), params, group_gradients=groups, batch_size=8
+      ... )
+    """
+    check_count("num_groups", num_groups)
+    if not callable(loss_fn):
+        raise ValueError(f"loss_fn must be a function (params, batch) -> loss; got {loss_fn!r}.")
+
+    def fn(params: PyTree, batch: PyTree) -> tuple[Any, PyTree, PyTree]:
+        num_examples = check_batch(batch)
+        if num_examples % num_groups:
+            raise ValueError(
+                f"batch must divide into num_groups={num_groups} equal groups; got"
+                f" {num_examples} examples."
+            )
+        groups = jax.tree.map(lambda x: x.reshape(num_groups, -1, *x.shape[1:]), batch)
+        for x in jax.tree.leaves(batch):
+            if jnp.issubdtype(x.dtype, jnp.number):  # or JAX would sum gradients over the devices
+                params = of_each_device(params, x)
+                break
+        found, grads = jax.vmap(jax.value_and_grad(loss_fn, has_aux=has_aux), (None, 0))(
+            params, groups
+        )
+        mean = jnp.mean(found[0] if has_aux else found)
+        value = (mean, found[1]) if has_aux else mean
+        return value, jax.tree.map(lambda g: jnp.mean(g, axis=0), grads), grads
+
+    return fn

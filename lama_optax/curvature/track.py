@@ -9,17 +9,13 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from lama_optax._checks import check_count, check_number
+from lama_optax._checks import check_number
 from lama_optax._jaxpr.collectives import holds_collective
 from lama_optax.curvature.average import Average, absorb, widened_share
 from lama_optax.curvature.fisher import fisher
-from lama_optax.curvature.protocol import (
-    Estimator,
-    as_typed_key,
-    check_estimator,
-    of_each_device,
-)
-from lama_optax.layers import Layers, LayerSpec, check_layers, match_to_params, resolve_layers
+from lama_optax.curvature.interval import Interval
+from lama_optax.curvature.protocol import Estimator, check_estimator
+from lama_optax.layers import Layers, LayerSpec, match_to_params, resolve_layers
 
 PyTree = Any
 
@@ -132,10 +128,8 @@ def track_curvature(
       ['curvature', 'size', 'std_error']
     """
     check_estimator(estimator)
-    check_layers(layers)
-    check_count("update_interval", update_interval)
     check_number("curvature_decay", curvature_decay, "in [0, 1)", low=0, high=1)
-    impl = jax.random.key_impl(as_typed_key(key))
+    interval = Interval(layers, update_interval, axis_name, key)
 
     def init_fn(params: optax.Params) -> CurvatureState:
         partition = resolve_layers(layers, params)
@@ -145,8 +139,9 @@ def track_curvature(
             return jnp.zeros(len(partition.names), partition.dtype)
 
         count, rejected = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-        raw_key = jnp.copy(jax.random.key_data(as_typed_key(key)))
-        return CurvatureState(count, zeros(), zeros(), zeros(), zeros(), raw_key, rejected)
+        return CurvatureState(
+            count, zeros(), zeros(), zeros(), zeros(), interval.raw_key(), rejected
+        )
 
     def update_fn(
         updates: optax.Updates,
@@ -156,17 +151,7 @@ def track_curvature(
         curvature: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, CurvatureState]:
-        if params is None:
-            raise ValueError(
-                "params is missing: call tx.update(grads, state, params, value_fn=...)."
-            )
-        partition = resolve_layers(layers, params)
-        if state.curvature.shape != (len(partition.names),):
-            raise ValueError(
-                f"params must have the layers that `init` saw, {state.curvature.size}; got"
-                f" {len(partition.names)}, {partition.names}. Call tx.init(params) again when the"
-                " model changes."
-            )
+        partition = interval.partition(params, state.curvature.size)
 
         def taken(mean: jax.Array) -> CurvatureState:
             if axis_name is not None:
@@ -175,34 +160,22 @@ def track_curvature(
             rejected = state.rejected + jnp.sum(~ok, dtype=state.rejected.dtype)
             return CurvatureState(state.count, *latest, state.key, rejected)
 
-        def estimate() -> CurvatureState:
-            step_key = jax.random.fold_in(
-                jax.random.wrap_key_data(state.key, impl=impl), state.count
-            )
-            own_params, own_key, own_args = params, step_key, extra_args
-            if axis_name is not None:
-                own_params, own_key, own_args = _of_this_device(
-                    params, step_key, extra_args, axis_name
-                )
-            found = estimator.estimate(
-                own_key, own_params, partition, **(own_args | {"updates": updates})
-            )
-            return taken(found.mean)
+        def estimate(step_key: jax.Array) -> CurvatureState:
+            own_params, own_key, own_args = _of_this_device(interval, params, step_key, extra_args)
+            own_args = own_args | {"updates": updates}
+            return taken(estimator.estimate(own_key, own_params, partition, **own_args).mean)
 
         if curvature is not None:
             latest = taken(_curvature_array(curvature, params, partition))
-        elif isinstance(update_interval, int) and update_interval == 1:
-            latest = estimate()
         else:
-            due = state.count % jnp.asarray(update_interval, state.count.dtype) == 0
-            latest = jax.lax.cond(due, estimate, lambda: state)
+            latest = interval.when_due(state, estimate)
         return updates, latest._replace(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _of_this_device(
-    params: PyTree, key: jax.Array, extra_args: dict[str, Any], axis_name: str
+    interval: Interval, params: PyTree, key: jax.Array, extra_args: dict[str, Any]
 ) -> tuple[PyTree, jax.Array, dict[str, Any]]:
     """What one device of a mapped axis estimates from: its part of the batch, its own draws.
 
@@ -210,15 +183,18 @@ def _of_this_device(
     travel. A ``value_fn`` that itself sums over the devices is one function of all: then all
     take the same draws, and the mean over devices makes their losses one.
     """
-    value_fn = extra_args.get("value_fn")
-    if callable(value_fn) and holds_collective(jax.make_jaxpr(value_fn)(params)):
+    axis_name, value_fn = interval.axis_name, extra_args.get("value_fn")
+    if (
+        axis_name is not None
+        and callable(value_fn)
+        and holds_collective(jax.make_jaxpr(value_fn)(params))
+    ):
 
         def mean(p: PyTree) -> Any:
             return jax.tree.map(lambda x: jax.lax.pmean(x, axis_name), value_fn(p))
 
         return params, key, extra_args | {"value_fn": mean}
-    device = jax.lax.axis_index(axis_name)
-    return of_each_device(params, device), jax.random.fold_in(key, device), extra_args
+    return *interval.of_this_device(params, key), extra_args
 
 
 def _curvature_array(curvature: Any, params: PyTree, partition: Layers) -> jax.Array:

@@ -73,7 +73,7 @@ def program(seed):
         params[f"{len(params)}_{name}"] = weights
         stages.append((stage, list(params)[-1]))
         description.append(words)
-        if out.shape == (t, d) and r.pick(True, False):  # the first part once more: tied
+        if out.shape == (t, d) and r.pick(True, False, False):  # the first part once more: tied
             stages.append(stages[0])
             description.append("the first again")
             out = jax.eval_shape(stages[0][0], params[stages[0][1]], out, example)
@@ -106,14 +106,14 @@ def program(seed):
 def _stage(r, name, h, example):
     """One part with a wrapper, its weights' changes and an activation."""
     form, weights, apply = PARTS[name](r, *h.shape)
-    wrapper = r.pick(None, None, *WRAPPERS)
+    wrapper = r.pick(*WRAPPERS) if r.pick(True, False) else None
     if name in _REFUSED.get(wrapper, ()):
         wrapper = None
     wrapped = WRAPPERS[wrapper](apply, r) if wrapper else apply
     if wrapper in _REPEATED and jax.eval_shape(apply, weights, h, example).shape != h.shape:
         wrapper, wrapped = None, apply
     changes = {
-        leaf: r.pick(*CHANGES) if w.ndim and r.pick(True, False) else None
+        leaf: r.pick(*CHANGES) if w.ndim and r.pick(True, False, False) else None
         for leaf, w in weights.items()
     }
     activation = r.pick(*ACTIVATIONS)

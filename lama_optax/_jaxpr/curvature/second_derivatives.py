@@ -157,7 +157,7 @@ class _Evaluation:
 
         self.value, *at_entries = interpret(closed, args, equation)
         self._entries = {
-            entry.after: (entry, square)
+            entry.after: (entry, square.astype(self._dtype))
             for entry, square in zip(entries, at_entries[2::3], strict=True)
         }
         self._gradient = _gradient(result, self.value, backwards)
@@ -180,8 +180,7 @@ class _Evaluation:
             self._chains[v] = root, slope
         for bend in second.values() if v in self._gradient else ():
             share = self._gradient[v] * bend.astype(self._dtype)
-            if not root.aval.shape:
-                share = jnp.sum(share)
+            share = _summed_like(share, root.aval.shape)
             self._weights[root] = self._weights[root] + share if root in self._weights else share
 
     def second_derivative(self, i: int, one: jax.Array) -> jax.Array:
@@ -240,6 +239,14 @@ class _Evaluation:
         is_sum = eqn.primitive.name in {"add", "sub"}
         are_independent = len(leaves) == sum(map(len, sources))
         return (functools.reduce(jnp.add, values), leaves) if is_sum and are_independent else None
+
+
+def _summed_like(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sums over the axes along which an operation has copied entries of an array of that shape."""
+    if not shape:
+        return jnp.sum(x)
+    copied = tuple(i for i, (m, n) in enumerate(zip(x.shape, shape, strict=True)) if m != n)
+    return jnp.sum(x, copied, keepdims=True)
 
 
 def _gradient(

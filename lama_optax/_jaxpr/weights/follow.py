@@ -78,6 +78,8 @@ def formed(x: Value, why: str) -> jax.Array:
 
 def _equation(jaxpr: Any, eqn: Any, ins: Sequence[Value]) -> Sequence[Value]:
     weights = [i for i, x in enumerate(ins) if isinstance(x, Followed)]
+    if any(operations.varies_already(eqn, x.value if isinstance(x, Followed) else x) for x in ins):
+        return ins
     if not weights:
         return apply(jaxpr, eqn, ins)
     why, first = source(eqn), ins[weights[0]]

@@ -158,8 +158,9 @@ class Perturbed(Followed):
         place = {axes[0]: to[0] for axes, to in movement.runs if len(axes) == len(to) == 1}
         merged: dict[int, Signs] = {}
         for signs in self.signs:
-            values = signs.values[tuple(cut[axis] for axis in signs.axes)].squeeze()
-            axes = [axis for axis in signs.axes if old[axis] > 1]
+            axes = [axis for axis in signs.axes if axis in place or old[axis] > 1]
+            values = signs.values[tuple(cut[axis] for axis in signs.axes)]
+            values = values.squeeze(tuple(i for i, a in enumerate(signs.axes) if a not in axes))
             runs = [i for i, (run, _) in enumerate(movement.runs) if set(axes) <= set(run)]
             if all(axis in place for axis in axes):
                 yield Signs(signs.origins, tuple(place[axis] for axis in axes), values)

@@ -60,6 +60,9 @@ def test_traces_measure_and_report(quick_traces):
     names = {path.name for path in quick_traces.iterdir()}
     assert names == {
         "along.png",
+        "gauss_newton.json",
+        "gauss_newton.png",
+        "gauss_newton.txt",
         "measurements.jsonl",
         "results.json",
         "results.txt",
@@ -77,6 +80,16 @@ def test_traces_measure_and_report(quick_traces):
     assert str(quick_traces) not in json.dumps(results)
 
 
+def test_traces_of_gauss_newton_are_reported(quick_traces):
+    text = (quick_traces / "gauss_newton.txt").read_text()
+    for phrase in ("fisher", "matfree", "compile, s", "over the Hessian's"):
+        assert phrase in text
+    found = json.loads((quick_traces / "gauss_newton.json").read_text())["models"]["mlp"]
+    assert found["contenders"]["gauss_newton"]["largest_z"] == 0  # what the others are held against
+    assert found["compile"]["fisher"] > 0
+    assert len(found["over_hessian"]) == 2
+
+
 def test_finished_traces_are_not_measured_again(quick_traces, monkeypatch):
     before = (quick_traces / "measurements.jsonl").read_bytes()
     monkeypatch.setattr(Sums, "visit", None)  # measuring would raise
@@ -85,25 +98,27 @@ def test_finished_traces_are_not_measured_again(quick_traces, monkeypatch):
 
 
 def test_interrupted_run_keeps_what_was_finished(quick_traces, tmp_path, monkeypatch, capsys):
-    """Cut after three units and within the fourth: the same command measures that and no other."""
-    whole = (quick_traces / "measurements.jsonl").read_bytes().splitlines(keepends=True)
+    """Cut after four units and within the fifth: the same command measures that and no other."""
+    # The Hessian's units: compilation, two blocks, steps and two chunks along a training.
+    whole = (quick_traces / "measurements.jsonl").read_bytes().splitlines(keepends=True)[:6]
+    options = [*QUICK, "--matrix", "hessian"]
     folder = tmp_path / "cut"
     (folder / "trained").mkdir(parents=True)
     trained_file = quick_traces / "trained" / "mlp.npz"
     (folder / "trained" / "mlp.npz").write_bytes(trained_file.read_bytes())
-    kept = b"".join(whole[:3])
-    (folder / "measurements.jsonl").write_bytes(kept + whole[3][:40])
+    kept = b"".join(whole[:4])
+    (folder / "measurements.jsonl").write_bytes(kept + whole[4][:40])
 
     def interrupted(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("benchmarks.traces._along._Training.chunk", interrupted)
-        assert traces.main([*QUICK, "--results", str(folder)]) == 130
+        assert traces.main([*options, "--results", str(folder)]) == 130
     assert "goes on" in capsys.readouterr().err
     assert (folder / "measurements.jsonl").read_bytes() == kept
 
-    assert traces.main([*QUICK, "--results", str(folder)]) == 0
+    assert traces.main([*options, "--results", str(folder)]) == 0
     again = (folder / "measurements.jsonl").read_bytes().splitlines(keepends=True)
     # What follows measures estimates, not times: from the same seeds they are the same.
     assert again == whole
@@ -126,6 +141,15 @@ def test_cost_measures_and_reports(quick_traces, tmp_path, monkeypatch):
     assert results["models"]["mlp"]["resident"][ADAM]["peak"] > 0
     measures = {line["measure"] for line in results["lines"]}
     assert {"standard error", "work", "telemetry", "step without an estimate"} <= measures
+
+    tracking = (folder / "tracking.txt").read_text()
+    for phrase in (
+        "track_curvature(fisher())",
+        "compile, s",
+        "over that of a gradient",
+        "below 10",
+    ):
+        assert phrase in tracking
 
     before = (folder / "measurements.jsonl").read_bytes()
     monkeypatch.setattr(Step, "run", None)  # measuring would raise
@@ -289,7 +313,7 @@ def test_running_sums_over_blocks_are_mean_and_variance():
         for _ in range(count):
             sums.visit(lambda seed: next(at), 0)
         parts.append(plain(sums.result()))
-    merged = _summary._merge(parts)
+    merged = _summary.merge(parts)
     assert merged["count"] == 12
     # Six digits are kept of each part.
     np.testing.assert_allclose(merged["mean"], values.mean(axis=0), rtol=1e-5)

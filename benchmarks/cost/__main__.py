@@ -2,11 +2,11 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.workbench._jobs import Models, Settings, common_settings, finish, parser
 
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: CostSettings) -> None:
+    import jax
+
     from benchmarks.cost import _adahessian, _floor, _growth, _memory, _moons, _steps, _tracking
     from benchmarks.cost import _tracking_report as tracking
     from benchmarks.cost._figures import draw_all
@@ -58,17 +60,15 @@ def _run(settings: CostSettings) -> None:
     from benchmarks.cost._summary import lines, summarize
     from benchmarks.workbench._environment import context
     from benchmarks.workbench._jobs import run_jobs
-    from benchmarks.workbench._store import Store, save_json
+    from benchmarks.workbench._store import Store, save_results
 
+    # Compile times are of compilations.
+    jax.config.update("jax_enable_compilation_cache", False)
     common = settings.common
     models = Models(common)
     store = Store(common.results / "measurements.jsonl", context())
 
-    def save(name: str, summary: dict[str, Any], text: str) -> None:
-        save_json(common.results / f"{name}.json", {"context": store.context, **summary})
-        (common.results / f"{name}.txt").write_text(text + "\n")
-        print(f"\n{text}\n\nTables and pictures are in {common.results}/.")
-
+    save = functools.partial(save_results, common.results, store.context)
     if settings.only != "tracking":
         jobs = [
             *_steps.jobs(common, models),

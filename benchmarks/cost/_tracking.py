@@ -23,8 +23,9 @@ from lama_optax import fisher, layer_report, track_curvature
 
 #: Steps after which the standard error is looked at, and the part of the curvature asked for.
 STEPS, WANTED = 200, 0.1
-#: Blocks of rounds, rounds of each and seconds of a visit.
-BLOCKS, ROUNDS, WINDOW = 4, 6, 0.3
+#: Blocks of rounds, rounds of each and seconds of a visit; the transformer's visits are whole
+#: intervals of seconds, so that fewer have to do.
+BLOCKS, ROUNDS, ROUNDS_TRANSFORMER, WINDOW = 4, 30, 6, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,9 @@ class _How:
 
 def jobs(settings: Settings, models: Models) -> Iterator[Job]:
     """Units of the sections ``"tracking"``, ``"tracking program"`` and ``"tracking error"``."""
-    how = _How(1, 2, 0, 4) if settings.quick else _How(BLOCKS, ROUNDS, WINDOW, STEPS)
     for name, task in models.tasks.items():
+        rounds = ROUNDS_TRANSFORMER if name == "transformer" else ROUNDS
+        how = _How(1, 2, 0, 4) if settings.quick else _How(BLOCKS, rounds, WINDOW, STEPS)
         contenders = _Contenders(models, name)
         unit: dict[str, Any] = {"model": name, "task": describe(task)}
         unit["contenders"] = list(with_tracker())

@@ -1,9 +1,9 @@
 """Measures, prints the tables, writes the pictures: the door of `python -m benchmarks.traces`."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from benchmarks.workbench._jobs import Settings, common_settings, finish, parser
 
@@ -41,23 +41,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: TracesSettings) -> None:
+    import jax
+
     from benchmarks.traces import _along, _gauss_newton, _gauss_newton_report, _measure
     from benchmarks.traces import _figures as figures
     from benchmarks.traces._report import report
     from benchmarks.traces._summary import summarize
     from benchmarks.workbench._environment import context
     from benchmarks.workbench._jobs import Models, run_jobs
-    from benchmarks.workbench._store import Store, save_json
+    from benchmarks.workbench._store import Store, save_results
 
+    # Compile times are of compilations.
+    jax.config.update("jax_enable_compilation_cache", False)
     common = settings.common
     models = Models(common)
     store = Store(common.results / "measurements.jsonl", context())
 
-    def save(name: str, summary: dict[str, Any], text: str) -> None:
-        save_json(common.results / f"{name}.json", {"context": store.context, **summary})
-        (common.results / f"{name}.txt").write_text(text + "\n")
-        print(f"\n{text}\n\nTables and pictures are in {common.results}/.")
-
+    save = functools.partial(save_results, common.results, store.context)
     if "hessian" in settings.matrices:
         jobs = [*_measure.jobs(common, models), *_along.jobs(common, models)]
         summary = summarize(run_jobs(store, jobs, "benchmarks.traces"), models)

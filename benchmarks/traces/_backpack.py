@@ -4,6 +4,7 @@ It squares the gradient of every example before it sums, for modules that it kno
 without attention, built of them here. Import it only where torch is installed.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,8 @@ def diagonal(model: "TorchModel") -> Callable[[], list[float]]:
 
     def estimate() -> list[float]:
         loss = criterion(network(model.inputs), targets)
-        with backpack(DiagGGNMC(mc_samples=1)):
+        with backpack(DiagGGNMC(mc_samples=1)), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # hooks, where no input has a gradient
             loss.backward()
         network.zero_grad(set_to_none=True)
         return [sum(float(p.diag_ggn_mc.sum()) for p in layer.parameters()) for layer in layers]

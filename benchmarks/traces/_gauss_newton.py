@@ -26,7 +26,7 @@ from benchmarks.traces._jax import (
     sums_by_layer,
     traceax_blocks,
 )
-from benchmarks.traces._measure import Contenders, Rounds, Sums
+from benchmarks.traces._measure import GRADIENT, Contenders, Rounds, Sums
 from benchmarks.workbench._jobs import Job, Models, Settings
 from benchmarks.workbench._models import Batch, Model, Params, Task
 from benchmarks.workbench._training import describe
@@ -56,7 +56,9 @@ def jobs(settings: Settings, models: Models) -> Iterator[Job]:
     if settings.quick:
         known = {label: known[label] for label in QUICK}
     for name, task in models.tasks.items():
-        contenders = Contenders(models, name, known, how, settings.seed, (FISHER,), steps=())
+        contenders = Contenders(
+            models, name, known, how, settings.seed, (FISHER, GRADIENT), steps=()
+        )
         shared = {"model": name, "task": describe(task), "seed": settings.seed}
         unit = {"section": "compile", "matrix": "gauss-newton", "contenders": list(known), **shared}
         yield Job(unit, contenders.compile_seconds)

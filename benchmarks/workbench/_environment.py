@@ -6,7 +6,15 @@ from typing import Any
 from benchmarks.moons._record import machine, versions
 
 #: Peers that are measured where they are installed.
-PEERS = ("matfree", "traceax", "torch", "curvlinops-for-pytorch", "PyHessian", "pytorch_optimizer")
+PEERS = (
+    "matfree",
+    "traceax",
+    "torch",
+    "curvlinops-for-pytorch",
+    "backpack-for-pytorch",
+    "PyHessian",
+    "pytorch_optimizer",
+)
 
 NOT_INSTALLED = "not installed: pip install '.[peers]'"
 

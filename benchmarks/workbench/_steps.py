@@ -110,7 +110,7 @@ def with_curvature(intervals: tuple[int, ...] = (1, 10)) -> dict[str, Contender]
 
 
 def with_tracker() -> dict[str, Contender]:
-    """`optax.adam` alone and with curvature measured beside it; LAMA, which does both, as well."""
+    """`optax.adam` alone and with curvature measured beside it."""
     rate = LEARNING_RATE
 
     def tracked(estimator: Estimator) -> Contender:
@@ -121,7 +121,6 @@ def with_tracker() -> dict[str, Contender]:
         ADAM: Contender(optax.adam(rate), 0),
         "optax.adam, track_curvature(fisher()) every 10": tracked(fisher()),
         "optax.adam, track_curvature(hutchinson(1)) every 10": tracked(hutchinson(1)),
-        "lama_adam as it comes": Contender(lama_adam(rate), _default_interval(lama_adam)),
     }
 
 

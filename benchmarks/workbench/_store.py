@@ -78,3 +78,12 @@ def plain(value: Any) -> Any:
 def save_json(path: Path, results: dict[str, Any]) -> None:
     """Writes ``results`` for people to read: indented, as `plain` has it."""
     path.write_text(json.dumps(plain(results), indent=1) + "\n")
+
+
+def save_results(
+    folder: Path, context: dict[str, Any], name: str, summary: dict[str, Any], text: str
+) -> None:
+    """Writes NAME.json and NAME.txt, and prints the text."""
+    save_json(folder / f"{name}.json", {"context": context, **summary})
+    (folder / f"{name}.txt").write_text(text + "\n")
+    print(f"\n{text}\n\nTables and pictures are in {folder}/.")

@@ -140,7 +140,8 @@ def main(args):
     """Trains and prints what the optimizer knows about each layer."""
     state = train(args.directory, args.steps, save_every=args.save_every, pause=args.pause)
     for name, entry in layer_report(state["opt_state"], state["params"]).items():
-        print(name, " ".join(f"{key} {value:.6g}" for key, value in entry.items()), flush=True)
+        known = {key: value for key, value in entry.items() if value is not None}
+        print(name, " ".join(f"{key} {value:.6g}" for key, value in known.items()), flush=True)
 
 
 if __name__ == "__main__":

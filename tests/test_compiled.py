@@ -192,16 +192,3 @@ def test_flipouts_joint_estimate_needs_no_more_products_than_the_floor():
     Nothing moves the input of layer 1: 2 forward and 2 back. The probes need none.
     """
     assert count(flipouts_joint(1), "dot") == 9
-
-
-def test_flipouts_probes_share_the_gradient():
-    """The loop over probes makes but the products of what the probes move."""
-    program = flipouts_joint(8)
-    outside = program.as_text().split("\nENTRY ")[1]
-    fused = re.findall(r"calls=%?([\w.-]+)", outside)
-    bodies = {
-        body.split(" ")[0].removeprefix("%"): body
-        for body in re.split(r"\n(?=%|ENTRY )", program.as_text())
-    }
-    assert outside.count(" dot(") + sum(bodies[name].count(" dot(") for name in fused) == 5
-    assert count(program, "dot") == 9

@@ -57,6 +57,7 @@ def test_the_language_model_is_drawn(tmp_path):
 
 # They promote implicitly, as optax.adamw does.
 @pytest.mark.standard_promotion
+@pytest.mark.slow
 def test_one_word_changes_the_estimator(tmp_path, monkeypatch):
     """The network is piecewise linear in each layer: Gauss-Newton is the Hessian, to rounding."""
     first = {}

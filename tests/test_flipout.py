@@ -218,6 +218,7 @@ class _EveryKind(nn.Module):
 
 
 @pytest.mark.parametrize(("scope", "dtype"), [("joint", jnp.bfloat16), ("block", jnp.float16)])
+@pytest.mark.slow
 def test_parameters_may_be_wider_than_the_arithmetic(scope, dtype):
     batch = _normal(1, 8, 5, 4)
     params = jax.jit(_EveryKind(jnp.float32).init)(jax.random.key(0), batch[0])
@@ -323,60 +324,6 @@ def test_an_activations_own_curvature_has_no_noise(hidden):
         # Roundings of float64; without the means the first layer's would be off by a tenth.
         np.testing.assert_allclose(found.mean, exact.mean, rtol=1e-12, atol=1e-14)
     assert abs(exact.mean[0]) > 1e-3
-
-
-def _attention(query, key, value):
-    """As Flax writes it."""
-    weights = nn.dot_product_attention_weights(query, key, mask=MASK, precision="highest")
-    return jnp.einsum("hts,shd->thd", weights, value)
-
-
-def _by_hand(query, key, value):
-    """Scores by key and query, masked by -inf, without a shift."""
-    scores = jnp.einsum("shd,thd->sht", key, query) / 2
-    powers = jnp.exp(jnp.where(MASK.T[:, None], scores, -jnp.inf))
-    return jnp.einsum("sht,shd->thd", powers / jnp.sum(powers, 0, keepdims=True), value)
-
-
-def _one_head(query, key, value):
-    """Scores laid out anew and moved by their places."""
-    scores = query.reshape(3, 6) @ key.reshape(3, 6).T
-    scores = scores[:, None].transpose(2, 0, 1).reshape(3, 3) + jnp.sin(jnp.arange(3.0))
-    return jnp.einsum("st,shd->thd", jax.nn.softmax(scores, axis=0), value)
-
-
-MASK = np.tril(np.ones((3, 3), bool))
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("attention", [_attention, _by_hand, _one_head])
-@pytest.mark.parametrize("project", ["einsum", "reshape"])
-def test_attentions_own_curvature_has_no_noise(attention, project):
-    """Queries and keys before softmax, whose mean is taken exactly; linear in what follows."""
-    params = {
-        name: {"kernel": _normal(i, 4, 2, 3), "bias": 0.3 * _normal(i + 3, 2, 3)}
-        for i, name in enumerate(["key", "query", "value"])
-    }
-    params = jax.tree.map(lambda x: x.astype(float), params)
-    batch = _normal(6, 5, 3, 4).astype(float)
-
-    def projected(dense, x):
-        if project == "einsum":
-            return jnp.einsum("ti,ihd->thd", x, dense["kernel"]) + dense["bias"]
-        kernel, bias = dense["kernel"].reshape(4, 6), dense["bias"].reshape(6)
-        return (x @ kernel + bias).reshape(3, 2, 3)
-
-    def loss(p, x):
-        query, key, value = (projected(p[name], x) for name in ("query", "key", "value"))
-        return jnp.sum(jnp.sin(jnp.arange(18.0)).reshape(3, 2, 3) * attention(query, key, value))
-
-    inputs = {"value_fn": _mean(loss, batch), "example_value_fn": loss, "batch": batch}
-    exact = compiled_curvature(params, estimator=exact_trace(), **inputs)
-    estimate = functools.partial(layer_curvature, estimator=flipout(scope="block"), **inputs)
-    for found in map(functools.partial(jax.jit(estimate), params), range(3)):
-        # Roundings of float64; without the means keys and queries would be off by a tenth.
-        np.testing.assert_allclose(found.mean, exact.mean, rtol=1e-12, atol=1e-14)
-    assert np.all(np.abs(exact.mean[:2]) > 1e-3)
 
 
 def test_a_gradient_keeps_a_small_layer_out_of_the_noise_of_a_large_one():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lama_optax._jaxpr.batch_norm import find_batch_norm
+from lama_optax._jaxpr.channels_last import channels_last
 from lama_optax._jaxpr.collectives import holds_collective
 from lama_optax._jaxpr.interpret import names_in, narrowest_dtype
 from lama_optax._jaxpr.weights.follow import trace_example
@@ -62,7 +63,7 @@ def check_mean(
         for name in names_in(whole) | names_in(closed)
     ):
         return one
-    value = objective(params).astype(mean.dtype)
+    value = channels_last(objective, names_in(whole))(params).astype(mean.dtype)
     # Sums of many roundings of the loss's narrowest dtype; another loss differs by far more.
     eps = float(jnp.finfo(narrowest_dtype(closed)).eps)
     limit = eps**0.5 * jnp.maximum(jnp.abs(value), jnp.abs(mean))

@@ -107,7 +107,7 @@ class _Flipout:
           >>> report = flipout().explain(
           ...     params,
           ...     example_value_fn=lambda p, i: jnp.sum(p["embed"]["table"][i] ** 2),
-          ...     batch=jnp.arange(4),
+          ...     batch=jnp.arange(8).reshape(4, 2),
           ... )
           >>> report["embed"]["path"], len(report["embed"]["lost_signs"])
           ('block', 1)
@@ -234,9 +234,8 @@ def flipout(num_probes: int = 1, *, scope: str | None = None) -> _Flipout:
     signs it is then NaN.
 
     Args:
-      num_probes: K, the number of probes for each example; static. All share the forward pass, and
-        in joint scope the gradient's way back: on a transformer ten probes took 6 times as long as
-        one, in twice its memory, whatever K.
+      num_probes: K, the number of probes for each example; static. They take turns, in the memory
+        of one.
       scope: ``"joint"``: all layers at once, whatever the depth; in an optimizer, or with the
         gradient as ``updates``, each layer's probe is scaled by about one over the norm of its
         gradient, so that no layer drowns in the noise of others whose curvature is larger.

@@ -206,7 +206,11 @@ def frozen(r, t, d):
     def callback(h, w):
         fixed = jax.lax.stop_gradient(h @ w)
         result = jax.ShapeDtypeStruct(fixed.shape, fixed.dtype)
-        seen = jax.pure_callback(np.sign, result, fixed, vmap_method="expand_dims")
+        seen = jax.pure_callback(
+            lambda x: np.sign(np.asarray(x)).astype(result.dtype),
+            *(result, fixed),
+            vmap_method="expand_dims",
+        )
         return h @ w * seen
 
     form, apply = form_of(

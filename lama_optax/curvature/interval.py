@@ -28,7 +28,7 @@ class Interval:
     def __post_init__(self) -> None:
         check_layers(self.layers)
         check_count("update_interval", self.update_interval)
-        as_typed_key(self.key)
+        # The key is made at `init`: a construction must not wake JAX's devices.
 
     def raw_key(self) -> jax.Array:
         """Raw, since typed keys break checkpoints; in a buffer of its own."""

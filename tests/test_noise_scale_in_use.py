@@ -157,7 +157,7 @@ def test_errors_of_update(extra, match):
         (lambda: track_noise_scale(decay=1.0), r"decay must be in \[0, 1\)"),
         (lambda: track_noise_scale(update_interval=0), "update_interval must be"),
         (lambda: track_noise_scale(layers="modules"), "layers must be one of"),
-        (lambda: track_noise_scale(key="0"), "key must be"),
+        (lambda: track_noise_scale(key="0").init(PARAMS), "key must be"),
         (lambda: grouped_value_and_grad(value, 0), "num_groups must be"),
         (lambda: grouped_value_and_grad(3.0, 2), "loss_fn must be a function"),
         (lambda: grouped_value_and_grad(value, 3)(PARAMS, ROWS[0]), "num_groups=3.* 32 examples"),

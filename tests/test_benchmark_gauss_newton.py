@@ -16,7 +16,7 @@ from benchmarks.workbench._models import CNN, Model, Task, Transformer, tasks
 from lama_optax import gauss_newton, layer_curvature
 
 # Flax and optax promote implicitly.
-pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("fast_compilation")]
+pytestmark = pytest.mark.standard_promotion
 
 
 def _exact(model):

@@ -35,6 +35,9 @@ LAM = {
 }
 FACTORIES = {**LAMA, **LAM}
 every_optimizer = pytest.mark.parametrize("name", FACTORIES)
+# They chain the others with a learning rate.
+ALIASES = ("lama_adam", "lam-weight", "lam-layer")
+every_alias = pytest.mark.parametrize("name", ALIASES)
 
 PARAMS = {
     "a": {"kernel": jnp.asarray([[0.5, 1.0], [-1.0, 0.5]]), "bias": jnp.asarray([-0.5, 0.5])},
@@ -99,48 +102,33 @@ def test_unknown_extra_arguments_and_no_second_compilation(name):
 
 
 TARGETS = {
-    "parabola": (
-        jnp.asarray([-1.0, 10.0, 1.0]),
-        jnp.asarray([1.0, -1.0, 1.0]),
-        None,
-    ),
     "rosenbrock": (
         jnp.zeros(2),
         jnp.ones(2),
         lambda p: (1.0 - p[0]) ** 2 + 100.0 * (p[1] - p[0] ** 2) ** 2,
     ),
-    "matrix": (jnp.zeros((2, 2)), jnp.asarray([[3.0, -2.0], [1.0, 4.0]]), None),
     "mixed": (
         (jnp.zeros(3), jnp.zeros((2, 2))),
         (jnp.asarray([1.0, -1.0, 2.0]), jnp.asarray([[1.0, 0.0], [-1.0, 1.0]])),
-        None,
+        lambda p: (
+            jnp.sum((p[0] - jnp.asarray([1.0, -1.0, 2.0])) ** 2)
+            + jnp.sum((p[1] - jnp.asarray([[1.0, 0.0], [-1.0, 1.0]])) ** 2)
+        ),
     ),
 }
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@every_optimizer
+@every_alias
 def test_optimizes(name, target):
     params, final, value_fn = TARGETS[target]
-    if value_fn is None:
-
-        def value_fn(p):
-            return functools.reduce(
-                jnp.add,
-                [
-                    jnp.sum((x - y) ** 2)
-                    for x, y in zip(jax.tree.leaves(p), jax.tree.leaves(final), strict=True)
-                ],
-            )
-
     # The learning rate falls, since LAM's step does not shrink with the gradient.
     schedule = optax.exponential_decay(0.2, 1000, 0.1)
-    if name in ("lama_scale", "lam_scale-weight", "lam_scale-layer"):
-        tx = optax.chain(FACTORIES[name](), optax.scale_by_learning_rate(schedule))
-    else:
-        tx = {"lama_adam": lama_adam, "lam-weight": lam, "lam-layer": lam}[name](
-            schedule, **({"granularity": "layer"} if name == "lam-layer" else {})
-        )
+    tx = {
+        "lama_adam": lambda: lama_adam(schedule),
+        "lam-weight": lambda: lam(schedule),
+        "lam-layer": lambda: lam(schedule, granularity="layer"),
+    }[name]()
     state = optax.tree.map_params(tx, lambda v: v, tx.init(params))
 
     def step(carry, _):
@@ -155,7 +143,7 @@ def test_optimizes(name, target):
 
 
 @pytest.mark.standard_promotion
-@every_optimizer
+@every_alias
 def test_inject_hyperparams_gives_the_same_updates_and_states(name):
     params = [-jnp.ones((2, 3)), jnp.ones((2, 5, 2))]  # those of optax's test
     grads = jax.tree.map(jnp.negative, params)
@@ -167,8 +155,8 @@ def test_inject_hyperparams_gives_the_same_updates_and_states(name):
     assert_all_close(other_state.inner_state, state, rtol=1e-5, atol=1e-5)  # optax's tolerance
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@every_optimizer
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@every_alias
 def test_updates_have_the_dtype_of_the_parameters(name, dtype):
     params = jnp.asarray([1.0, 2.0], dtype)
     updates, _ = update_once(FACTORIES[name](), 2 * params, params, value_fn=loss)
@@ -178,8 +166,10 @@ def test_updates_have_the_dtype_of_the_parameters(name, dtype):
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@every_optimizer
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("lama_adam", "bfloat16"), ("lama_adam", "float32"), ("lam-layer", "bfloat16")],
+)
 def test_multi_steps(name, dtype):
     tx = FACTORIES[name]()
     accumulated = optax.MultiSteps(tx, every_k_schedule=2)
@@ -196,8 +186,8 @@ def test_multi_steps(name, dtype):
     assert_all_close(updates, expected, rtol=rtol)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("name", [*FACTORIES, "hutchinson"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("name", [*ALIASES, "hutchinson"])
 def test_state_shape_and_dtype_are_stable(name, dtype):
     """`lax.cond` and `lax.scan` refuse a state that changes."""
     with jax.enable_x64(dtype == "float64"):
@@ -310,9 +300,9 @@ def test_every_number_can_be_changed_between_steps_without_a_compilation(factory
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["lama_adam", "lam-weight", "lam-layer"])
-def test_inject_hyperparams_with_half_precision_parameters(name, dtype):
+@every_alias
+def test_inject_hyperparams_with_half_precision_parameters(name):
+    dtype = "bfloat16"
     params = {"w": jnp.asarray([1.0, 2.0], dtype)}
     # Numbers in the dtype of the parameters, optax's default, would round 0.999 away.
     with pytest.raises(ValueError, match=r"hyperparam_dtype=jnp\.float32"):
@@ -368,8 +358,8 @@ def test_map_params_finds_what_is_shaped_like_the_parameters(name):
     assert jax.tree.structure(doubled) == jax.tree.structure(state)
 
 
-@pytest.mark.parametrize("name", LAMA)
-def test_named_chain_and_clipping_before_it(name):
+def test_named_chain_and_clipping_before_it():
+    name = "lama_scale"
     tx = optax.named_chain(
         ("clip", optax.clip_by_global_norm(0.5)),
         ("elementwise", optax.clip(0.2)),
@@ -383,8 +373,8 @@ def test_named_chain_and_clipping_before_it(name):
     assert_all_close(state[name], expected_state)
 
 
-@pytest.mark.parametrize("name", LAMA)
-def test_chain_drops_no_extra_argument(name):
+def test_chain_drops_no_extra_argument():
+    name = "lama_scale"
     tx = optax.chain(optax.identity(), LAMA[name](), optax.scale(2.0))
     updates, _ = update_once(tx, PARAMS, PARAMS, curvature=curvature_of(PARAMS))
     expected, _ = update_once(LAMA[name](), PARAMS, PARAMS, curvature=curvature_of(PARAMS))
@@ -432,7 +422,7 @@ def test_partition_into_two_lama_groups(labels):
         assert_all_close(inner.alpha, expected_state.alpha)
 
 
-@every_optimizer
+@every_alias
 def test_apply_if_finite(name):
     tx = optax.apply_if_finite(FACTORIES[name](), max_consecutive_errors=3)
     update = jax.jit(functools.partial(tx.update, value_fn=loss))
@@ -444,7 +434,7 @@ def test_apply_if_finite(name):
     assert_all_close(after.inner_state, state.inner_state, rtol=0, atol=0)  # kept, not redone
 
 
-@every_optimizer
+@every_alias
 def test_mixed_dtypes_in_one_tree(name):
     params = {
         "half": {"w": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(1, jnp.float32)},

@@ -24,6 +24,7 @@ from lama_optax import (
 pytestmark = pytest.mark.standard_promotion
 
 NUM_ESTIMATES = 2000
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def _mean(loss, batch):
@@ -145,9 +146,6 @@ def tied():
     return params, loss, _normal(2, 8, 6), "module"
 
 
-MODELS = [mlp, cnn, transformer, rnn, stacked_scan, tied]
-
-
 def _estimates(model, estimator, num_estimates=NUM_ESTIMATES, balanced=False):
     params, loss, batch, layers = model()
     extra = {"updates": jax.jit(jax.grad(_mean(loss, batch)))(params)} if balanced else {}
@@ -182,9 +180,13 @@ def _estimates(model, estimator, num_estimates=NUM_ESTIMATES, balanced=False):
     # In block scope each layer is compiled by itself: the small models cover it.
     ("model", "scope"),
     [
-        *((model, "joint") for model in MODELS),
-        *((model, "balanced") for model in (mlp, stacked_scan)),
-        *((model, "block") for model in (mlp, stacked_scan)),
+        (mlp, "joint"),
+        (tied, "joint"),
+        (mlp, "balanced"),
+        (stacked_scan, "block"),
+        *(SLOW(model, "joint") for model in (cnn, transformer, rnn, stacked_scan)),
+        SLOW(stacked_scan, "balanced"),
+        SLOW(mlp, "block"),
     ],
 )
 def test_unbiased_with_a_calibrated_standard_error(model, scope):
@@ -303,7 +305,7 @@ def _convolved(p, x):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("hidden", [_tokens, _one_row, _gated, _convolved])
+@pytest.mark.parametrize("hidden", [_tokens, SLOW(_one_row), SLOW(_gated), _convolved])
 def test_an_activations_own_curvature_has_no_noise(hidden):
     """All of it where the loss is linear in what follows; the mean over probes is taken exactly."""
     params = {

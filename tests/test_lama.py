@@ -22,6 +22,7 @@ from lama_optax import (
 # the error of one step into the next.
 ATOL = 1e-9
 STEPS = 30
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def loss(params, problem):
@@ -69,14 +70,14 @@ GRADS = jax.tree.map(lambda p: 0.1 * p, PARAMS)
     ("seed", "options"),
     [
         (0, {"sensitivity": 10.0}),
-        (1, {"sensitivity": -10.0}),
-        (2, {"sensitivity": 10.0, "momentum": "ema"}),
+        SLOW(1, {"sensitivity": -10.0}),
+        SLOW(2, {"sensitivity": 10.0, "momentum": "ema"}),
         (3, {"sensitivity": -10.0, "momentum": "ema"}),
-        (4, {"sensitivity": 30.0, "max_momentum": 0.95, "b2": 0.99, "eps": 1e-3}),
+        SLOW(4, {"sensitivity": 30.0, "max_momentum": 0.95, "b2": 0.99, "eps": 1e-3}),
         (5, {"sensitivity": 30.0, "max_momentum": 0.95, "momentum": "ema", "b1": 0.8}),
-        (6, {"sensitivity": 10.0, "curvature_decay": 0.7}),
+        SLOW(6, {"sensitivity": 10.0, "curvature_decay": 0.7}),
         (7, {"sensitivity": 10.0, "curvature_decay": 0.7, "update_interval": 4}),
-        (8, {"sensitivity": 0.01, "update_interval": 7, "alpha_min": 0.1, "alpha_max": 1.05}),
+        SLOW(8, {"sensitivity": 0.01, "update_interval": 7, "alpha_min": 0.1, "alpha_max": 1.05}),
     ],
     ids=lambda x: x if isinstance(x, int) else "-".join(f"{k}={v}" for k, v in x.items()),
 )
@@ -149,8 +150,10 @@ def test_weight_decay_mask_of_lama_adam():
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("dtype", "jitted"),
+    [("float32", True), *map(SLOW, ("float32", "float64", "float64"), (False, True, False))],
+)
 def test_alpha_of_one_is_adam_to_the_bit(x64, optimized, dtype, jitted):
     rng = np.random.default_rng(3)
     params = {
@@ -194,7 +197,7 @@ def constant_gradient(steps, curvature, **options):
     return jax.jit(lambda: jax.lax.scan(step, tx.init(jnp.ones(())), length=steps)[1])()
 
 
-@pytest.mark.parametrize("curvature", [-1.0, 0.1, 0.3])
+@pytest.mark.parametrize("curvature", [-1.0, 0.3])
 def test_finding_2_alpha_moves_the_gain(x64, curvature):
     alpha_b1 = 0.9 * reference.factor(curvature, 0.5, 1.5, 1.0)
     gain = (1 - 0.9) / (1 - alpha_b1)
@@ -371,7 +374,7 @@ def test_eps_root_keeps_a_derivative_through_update_finite(eps_root):
 
 
 @pytest.mark.parametrize("momentum", ["paper", "ema"])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("bad", [np.nan, -np.inf, 1e30])
 def test_entry_with_a_gradient_that_is_not_finite_stays(bad, momentum):
     """1e30: finite, but its square is not in float32."""
     tx = lama_scale(momentum=momentum)

@@ -16,6 +16,7 @@ from jax.flatten_util import ravel_pytree
 
 from lama_optax import exact_trace, hutchinson, lama_adam, layer_curvature
 
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 double = functools.partial(jnp.asarray, dtype=jnp.float64)
 
 
@@ -182,6 +183,9 @@ PARTS = {
 }
 
 
+QUICK = ("batch_norm", "tied", "rnn", "custom_vjp")
+
+
 def exact_means(params, value_fn):
     """The mean of the Hessian's diagonal over each module; modules in order, as jax flattens."""
     flat, unravel = ravel_pytree(params)
@@ -192,7 +196,7 @@ def exact_means(params, value_fn):
 
 # flax promotes implicitly.
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", [x if x in QUICK else SLOW(x) for x in PARTS])
 def test_curvature_is_the_hessians(x64, name):
     part = PARTS[name](seed=0)
     reference = part.reference or part.value_fn
@@ -219,6 +223,7 @@ def test_curvature_is_the_hessians(x64, name):
 
 
 @pytest.mark.standard_promotion
+@pytest.mark.slow
 def test_another_dropout_key_is_another_curvature(x64):
     """What makes the dropout case above a test of the mask."""
     masks = [dropout(0, key) for key in (0, 1)]
@@ -261,7 +266,7 @@ def frozen_by_masks(tx):
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("freeze", [frozen_by_partition, frozen_by_masks])
+@pytest.mark.parametrize("freeze", [frozen_by_partition, SLOW(frozen_by_masks)])
 def test_frozen_leaves_stay_and_the_others_get_their_own_curvature(x64, freeze):
     part = rnn(0)
     tx = freeze(lama_adam(0.03, sensitivity=1.0, update_interval=1))

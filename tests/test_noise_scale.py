@@ -44,7 +44,9 @@ def signs_at(step, count, dtype=jnp.float64):
     return np.asarray(jax.random.rademacher(key, (count,), dtype), np.float64)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", ["mlp", "cnn", "batch norm", pytest.param("transformer", marks=SLOW)]
+)
 def test_signs_give_the_formulas(model, x64):
     """Total derivatives under BatchNorm; the mean over predictions of a sequence."""
     params, apply_fn, inputs, targets = MODELS[model](jnp.float64)

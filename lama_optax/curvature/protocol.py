@@ -117,7 +117,9 @@ def of_each_device(tree: PyTree, like: PyTree) -> PyTree:
 
     JAX sums a derivative by what all devices share over them; an example's is its device's own.
     """
-    numbers = [x for x in jax.tree.leaves(like) if jnp.isdtype(x.dtype, ("numeric", "bool"))]
+    kinds = (jnp.number, jnp.bool_)  # not typed keys, as of dropout
+    leaves = jax.tree.leaves(like)
+    numbers = [x for x in leaves if any(jnp.issubdtype(x.dtype, kind) for kind in kinds)]
     zero = sum((jnp.zeros_like(jnp.sum(x), jnp.float32) for x in numbers), jnp.float32(0))
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
 
@@ -192,8 +194,9 @@ def scalar_objective(
         except Exception as error:
             error.add_note(
                 "lama_optax: raised while value_fn was evaluated on params of structure"
-                f" {jax.tree.structure(p)}. If a wrapper such as optax.flatten has reshaped params,"
-                " leave it out: it hides the layers."
+                f" {jax.tree.structure(p)} alone: bind what else it takes, value_fn=lambda p:"
+                " loss_fn(p, batch). If a wrapper such as optax.flatten has reshaped params, leave"
+                " it out: it hides the layers."
             )
             raise
         if has_aux:

@@ -26,7 +26,7 @@ LOSSES = {
 
 def exact_gauss_newton(params, apply_fn, inputs, targets, loss, weights=None):
     """tr(J^T H J) of each layer over its size, with all outputs of the batch as one vector."""
-    outputs = apply_fn(params, inputs)
+    outputs = jax.eval_shape(apply_fn, params, inputs)
 
     def value(flat):
         losses = LOSSES[loss](flat.reshape(outputs.shape), targets)
@@ -37,22 +37,19 @@ def exact_gauss_newton(params, apply_fn, inputs, targets, loss, weights=None):
         )
         return jnp.sum(w * losses) / jnp.sum(w)
 
-    hessian = jax.jit(jax.hessian(value))(outputs.reshape(-1))
-    jacobian = jax.jit(jax.jacrev(lambda p: apply_fn(p, inputs).reshape(-1)))(params)
+    @jax.jit
+    def derivatives(p):
+        flat = apply_fn(p, inputs).reshape(-1)
+        jacobian = jax.jacrev(lambda p: apply_fn(p, inputs).reshape(-1))(p)
+        return jax.tree.map(lambda j: j.reshape(len(flat), -1), jacobian), jax.hessian(value)(flat)
 
-    def mean_diagonal(j):
-        j = j.reshape(j.shape[0], -1)
-        return jnp.mean(jnp.sum(j * (hessian @ j), axis=0))
+    jacobian, hessian = jax.device_get(derivatives(params))
 
-    tree = jax.tree.map(mean_diagonal, jacobian)
+    traces = jax.tree.map(lambda j: np.sum(j * (hessian @ j)), jacobian)
     sizes = jax.tree.map(jnp.size, params)
-    return jnp.stack(
+    return np.asarray(
         [
-            sum(
-                m * n
-                for m, n in zip(jax.tree.leaves(tree[k]), jax.tree.leaves(sizes[k]), strict=True)
-            )
-            / sum(jax.tree.leaves(sizes[k]))
+            sum(jax.tree.leaves(traces[k])) / sum(jax.tree.leaves(sizes[k]))
             for k in layer_names(params)
         ]
     )

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from models import compiled_curvature
 
 from lama_optax import (
     CurvatureState,
@@ -270,9 +271,8 @@ def test_interval_holds_the_whole_data_sets_curvature(make, estimator):
     coverage lies between 92 and 97 %.
     """
     params, apply_fn, inputs, targets = make(n=48)
-    exact = layer_curvature(
-        params, 0, estimator=exact_trace(), **supervised(apply_fn, inputs, targets)
-    )
+    task = supervised(apply_fn, inputs, targets)
+    exact = compiled_curvature(params, estimator=exact_trace(), **task)
 
     def run(key):
         tx = tracker(estimator, curvature_decay=0.9, key=key)

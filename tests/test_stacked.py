@@ -212,7 +212,9 @@ def train(params, loss_fn, layers, steps=12):
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("name", ["lax.scan", "nn.scan", pytest.param("nnx.vmap", marks=SLOW)])
+@pytest.mark.parametrize(
+    "name", ["lax.scan", *(pytest.param(name, marks=SLOW) for name in ("nn.scan", "nnx.vmap"))]
+)
 def test_equal_to_the_network_written_out(x64, name):
     case = CASES[name](seed=0)
     np.testing.assert_allclose(

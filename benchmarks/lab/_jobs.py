@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from benchmarks.workbench._models import Model, Task, tasks
-from benchmarks.workbench._store import Store, Unit
-from benchmarks.workbench._training import trained
+from benchmarks.lab._models import Model, Task, tasks
+from benchmarks.lab._store import Store, Unit
+from benchmarks.lab._training import trained
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What every benchmark of the workbench is told."""
+    """What every benchmark is told."""
 
     results: Path
     models: tuple[str, ...]

@@ -86,9 +86,14 @@ def parser(prog: str, description: str, results: str) -> argparse.ArgumentParser
     return result
 
 
-def common_settings(command_line: argparse.ArgumentParser, options: Any) -> Settings:
-    """The shared options' values; a wrong one ends the program with a message that names it."""
-    known = tuple(tasks(options.quick))
+def common_settings(
+    command_line: argparse.ArgumentParser, options: Any, known: tuple[str, ...] = ()
+) -> Settings:
+    """The shared options' values; a wrong one ends the program with a message that names it.
+
+    ``known`` are the models that there are: by default the four of `tasks`.
+    """
+    known = known or tuple(tasks(options.quick))
     models = known if options.models is None else tuple(options.models.split(","))
     for name in models:
         if name not in known:

@@ -59,9 +59,13 @@ def _run(settings: Settings) -> None:
 
     if (text := warning()) is not None:
         print(text, file=sys.stderr)
-    store = Store(settings.results / "measurements.jsonl", context())
+    # Seconds depend on the machine, training does not: what one has run, another goes on with.
+    here = context()
+    store = Store(settings.results / "measurements.jsonl", {"versions": here["versions"]})
     outcomes = run_jobs(store, list(_jobs(settings)), "benchmarks.noise_scale")
-    outcomes += run_jobs(store, list(_cost.jobs(settings)), "benchmarks.noise_scale, cost")
+    outcomes += run_jobs(
+        store, list(_cost.jobs(settings, here["machine"])), "benchmarks.noise_scale, cost"
+    )
     summary = summarize(outcomes)
     save_results(settings.results, store.context, "results", summary, report(summary))
     draw_all(settings.results, summary)

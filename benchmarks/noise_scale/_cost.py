@@ -28,13 +28,14 @@ INTERVALS = {
 BATCH, ROUNDS = 16, 12
 
 
-def jobs(settings: Settings) -> Iterator[Job]:
+def jobs(settings: Settings, machine: dict[str, Any]) -> Iterator[Job]:
     """One unit: the larger transformer's steps in turn; each visit is one interval at least."""
     name = "mlp" if settings.quick else "gpt-500k"
     if name not in settings.models:
         return
     rounds = 2 if settings.quick else ROUNDS
     unit = {"section": "cost", "model": name, "batch": BATCH, "rounds": rounds}
+    unit |= {"machine": machine}
     measure = functools.partial(_measure, workloads(settings.quick)[name], rounds, settings.seed)
     yield Job(unit, measure)
 

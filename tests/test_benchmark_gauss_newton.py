@@ -9,10 +9,10 @@ from jax.flatten_util import ravel_pytree
 pytest.importorskip("flax")
 pytest.importorskip("sklearn")
 
+from benchmarks.lab import _data
+from benchmarks.lab._models import CNN, Model, Task, Transformer, tasks
 from benchmarks.traces import _gauss_newton
 from benchmarks.traces._jax import sums_by_layer
-from benchmarks.workbench import _data
-from benchmarks.workbench._models import CNN, Model, Task, Transformer, tasks
 from lama_optax import gauss_newton, layer_curvature
 
 # Flax and optax promote implicitly.

@@ -18,29 +18,29 @@ import benchmarks.cost.__main__ as cost
 import benchmarks.traces.__main__ as traces
 from benchmarks.cost._growth import shape, times
 from benchmarks.cost._summary import lines
-from benchmarks.traces import _summary
-from benchmarks.traces._along import held
-from benchmarks.traces._measure import Sums
-from benchmarks.workbench import _data
-from benchmarks.workbench._jobs import Models, Settings
-from benchmarks.workbench._models import CNN, MLP, Model, Task, Transformer, tasks
-from benchmarks.workbench._products import (
+from benchmarks.lab import _data
+from benchmarks.lab._jobs import Models, Settings
+from benchmarks.lab._models import CNN, MLP, Model, Task, Transformer, tasks
+from benchmarks.lab._products import (
     block_products,
     extra_products,
     gradient_products,
     joint_products,
     products,
 )
-from benchmarks.workbench._steps import ADAM, Contender, Step
-from benchmarks.workbench._store import Store, plain
-from benchmarks.workbench._timing import (
+from benchmarks.lab._steps import ADAM, Contender, Step
+from benchmarks.lab._store import Store, plain
+from benchmarks.lab._timing import (
     Spread,
     interleave,
     median_interval,
     paired_ratio,
     slope,
 )
-from benchmarks.workbench._training import trained
+from benchmarks.lab._training import trained
+from benchmarks.traces import _summary
+from benchmarks.traces._along import held
+from benchmarks.traces._measure import Sums
 from lama_optax import lama_scale
 
 # Flax and optax promote implicitly.
@@ -393,7 +393,7 @@ def test_training_is_kept_and_used_again(tmp_path, monkeypatch):
     task = tasks(quick=True)["mlp"]
     first = trained(task, tmp_path)
     assert not np.array_equal(jax.tree.leaves(first.params)[1], jax.tree.leaves(task.init())[1])
-    monkeypatch.setattr("benchmarks.workbench._training._train", None)  # training would raise
+    monkeypatch.setattr("benchmarks.lab._training._train", None)  # training would raise
     again = Models(Settings(tmp_path, ("mlp",), True, 0))
     again.folder = tmp_path
     jax.tree.map(np.testing.assert_array_equal, first.params, again["mlp"].params)
@@ -422,7 +422,7 @@ def test_step_starts_anew_and_makes_whole_intervals():
 
 def test_torch_models_have_the_same_loss_and_gradient():
     torch = pytest.importorskip("torch")
-    from benchmarks.workbench._torch import TorchModel
+    from benchmarks.lab._torch import TorchModel
 
     small = {
         "cnn": Task("cnn", "", CNN((2, 3)), lambda: _data.digits(8), "classes", 4, 0),

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.workbench._jobs import Models, Settings, common_settings, finish, parser
+from benchmarks.lab._jobs import Models, Settings, common_settings, finish, parser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +58,9 @@ def _run(settings: CostSettings) -> None:
     from benchmarks.cost._figures import draw_all
     from benchmarks.cost._report import report
     from benchmarks.cost._summary import lines, summarize
-    from benchmarks.workbench._environment import context
-    from benchmarks.workbench._jobs import run_jobs
-    from benchmarks.workbench._store import Store, save_results
+    from benchmarks.lab._environment import context
+    from benchmarks.lab._jobs import run_jobs
+    from benchmarks.lab._store import Store, save_results
 
     # Compile times are of compilations.
     jax.config.update("jax_enable_compilation_cache", False)

@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.workbench._environment import NOT_INSTALLED
-from benchmarks.workbench._jobs import Job, Models, Settings
-from benchmarks.workbench._models import Model
-from benchmarks.workbench._timing import Visit, interleave, repeat
-from benchmarks.workbench._training import describe
+from benchmarks.lab._environment import NOT_INSTALLED
+from benchmarks.lab._jobs import Job, Models, Settings
+from benchmarks.lab._models import Model
+from benchmarks.lab._timing import Visit, interleave, repeat
+from benchmarks.lab._training import describe
 
 TORCH_ADAM = "torch.optim.Adam"
 
@@ -49,7 +49,7 @@ def _visit(model: Model, interval: int | None) -> Visit:
     import torch
     from pytorch_optimizer import AdaHessian
 
-    from benchmarks.workbench._torch import TorchModel
+    from benchmarks.lab._torch import TorchModel
 
     torch_model = TorchModel(model)
     if interval is None:

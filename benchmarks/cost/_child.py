@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workbench._models import tasks
-from benchmarks.workbench._store import plain
-from benchmarks.workbench._training import trained
+from benchmarks.lab._models import tasks
+from benchmarks.lab._store import plain
+from benchmarks.lab._training import trained
 
 
 def main(what: str, arguments: dict[str, Any]) -> Any:

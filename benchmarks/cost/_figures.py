@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.workbench._style import BLUE, COLORS, MARKERS, VERMILLION, logarithmic, save_all
+from benchmarks.lab._style import BLUE, COLORS, MARKERS, VERMILLION, logarithmic, save_all
 
 AXIS_NAMES = {
     "K": "number of probes K",

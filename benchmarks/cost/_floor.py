@@ -1,6 +1,6 @@
 """The floor: the gradient's time and that of the fewest matrix products which an estimate needs.
 
-The products are counted in `benchmarks.workbench._products`, from the loss alone; their time is
+The products are counted in `benchmarks.lab._products`, from the loss alone; their time is
 measured on each of them alone, as large as it is in the loss.
 """
 
@@ -10,17 +10,17 @@ from typing import Any
 
 import jax
 
-from benchmarks.workbench._jobs import Job, Models, Settings
-from benchmarks.workbench._models import Model
-from benchmarks.workbench._products import (
+from benchmarks.lab._jobs import Job, Models, Settings
+from benchmarks.lab._models import Model
+from benchmarks.lab._products import (
     Product,
     extra_products,
     gradient_products,
     isolated,
     products,
 )
-from benchmarks.workbench._timing import Spread, interleave, repeat
-from benchmarks.workbench._training import describe
+from benchmarks.lab._timing import Spread, interleave, repeat
+from benchmarks.lab._training import describe
 
 GRADIENT = "gradient"
 

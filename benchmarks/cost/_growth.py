@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.cost._memory import in_child
-from benchmarks.workbench._jobs import Job, Settings
-from benchmarks.workbench._models import MLP, Model, Task
-from benchmarks.workbench._steps import compiled_estimate
-from benchmarks.workbench._timing import interleave, repeat
+from benchmarks.lab._jobs import Job, Settings
+from benchmarks.lab._models import MLP, Model, Task
+from benchmarks.lab._steps import compiled_estimate
+from benchmarks.lab._timing import interleave, repeat
 from lama_optax import Estimator, flipout, hutchinson
 
 ROUNDS, WINDOW = 5, 0.02

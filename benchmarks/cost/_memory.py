@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from benchmarks.workbench._jobs import Job, Models, Settings
-from benchmarks.workbench._models import Model
-from benchmarks.workbench._steps import (
+from benchmarks.lab._jobs import Job, Models, Settings
+from benchmarks.lab._models import Model
+from benchmarks.lab._steps import (
     ADAM,
     PAPERS,
     Step,
@@ -21,7 +21,7 @@ from benchmarks.workbench._steps import (
     default_flipout,
     lama_label,
 )
-from benchmarks.workbench._training import describe
+from benchmarks.lab._training import describe
 from lama_optax import Estimator, flipout, hutchinson, layer_names
 
 #: Models whose resident memory is measured: in the small ones the process itself hides it.

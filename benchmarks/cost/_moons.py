@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.cost._memory import in_child
+from benchmarks.lab._environment import NOT_INSTALLED
+from benchmarks.lab._jobs import Job, Settings
 from benchmarks.moons._settings import Settings as MoonsSettings
 from benchmarks.moons._settings import available_cores
-from benchmarks.workbench._environment import NOT_INSTALLED
-from benchmarks.workbench._jobs import Job, Settings
 
 TORCH_EPOCHS = 5
 
@@ -47,7 +47,7 @@ def torch_seconds() -> dict[str, Any]:
     import torch
 
     from benchmarks.cost._torch_moons import seconds_per_step
-    from benchmarks.workbench._data import moons
+    from benchmarks.lab._data import moons
 
     x, y = (torch.from_numpy(array[:700]) for array in moons(42))
     threads = torch.get_num_threads()

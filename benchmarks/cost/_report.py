@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.cost._summary import MEMORY_TARGET
+from benchmarks.lab._timing import Spread
 from benchmarks.moons._report import table
-from benchmarks.workbench._timing import Spread
 
 NOTES = """\
 Medians over rounds in which all contenders took turns; [least, most] in brackets. over Adam: the

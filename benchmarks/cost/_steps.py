@@ -4,10 +4,10 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
-from benchmarks.workbench._jobs import Job, Models, Settings
-from benchmarks.workbench._steps import Contender, Step, first_order, with_curvature
-from benchmarks.workbench._timing import interleave
-from benchmarks.workbench._training import describe
+from benchmarks.lab._jobs import Job, Models, Settings
+from benchmarks.lab._steps import Contender, Step, first_order, with_curvature
+from benchmarks.lab._timing import interleave
+from benchmarks.lab._training import describe
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,16 +9,16 @@ import numpy as np
 from benchmarks.cost._adahessian import TORCH_ADAM
 from benchmarks.cost._floor import floor_seconds
 from benchmarks.cost._steps import groups
-from benchmarks.moons._settings import Settings as MoonsSettings
-from benchmarks.workbench._jobs import Models, Outcome
-from benchmarks.workbench._steps import ADAM, GIVEN, Contender, default_flipout, lama_label
-from benchmarks.workbench._timing import (
+from benchmarks.lab._jobs import Models, Outcome
+from benchmarks.lab._steps import ADAM, GIVEN, Contender, default_flipout, lama_label
+from benchmarks.lab._timing import (
     Spread,
     median_interval,
     paired_ratio,
     paired_ratios,
     slope,
 )
+from benchmarks.moons._settings import Settings as MoonsSettings
 from lama_optax import layer_names
 
 #: At most: interval -> model -> step time over Adam's.

@@ -8,17 +8,17 @@ from typing import Any
 import jax
 import optax
 
-from benchmarks.workbench._jobs import Job, Models, Settings
-from benchmarks.workbench._models import Batch, Model, Params
-from benchmarks.workbench._steps import (
+from benchmarks.lab._jobs import Job, Models, Settings
+from benchmarks.lab._models import Batch, Model, Params
+from benchmarks.lab._steps import (
     LEARNING_RATE,
     Step,
     compiled_estimate,
     peak_bytes,
     with_tracker,
 )
-from benchmarks.workbench._timing import interleave
-from benchmarks.workbench._training import describe
+from benchmarks.lab._timing import interleave
+from benchmarks.lab._training import describe
 from lama_optax import fisher, layer_report, track_curvature
 
 #: Steps after which the standard error is looked at, and the part of the curvature asked for.

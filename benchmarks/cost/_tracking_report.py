@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cost._tracking import WANTED
+from benchmarks.lab._jobs import Models, Outcome
+from benchmarks.lab._steps import ADAM, with_tracker
+from benchmarks.lab._timing import Spread, median_interval, paired_ratio, paired_ratios
 from benchmarks.moons._report import table
-from benchmarks.workbench._jobs import Models, Outcome
-from benchmarks.workbench._steps import ADAM, with_tracker
-from benchmarks.workbench._timing import Spread, median_interval, paired_ratio, paired_ratios
 
 STARTS = {"trained": "from trained parameters on", "initial": "from the start of training"}
 

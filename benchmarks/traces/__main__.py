@@ -5,7 +5,7 @@ import functools
 import sys
 from collections.abc import Sequence
 
-from benchmarks.workbench._jobs import Settings, common_settings, finish, parser
+from benchmarks.lab._jobs import Settings, common_settings, finish, parser
 
 MATRICES = ("hessian", "gauss-newton")
 
@@ -43,13 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(settings: TracesSettings) -> None:
     import jax
 
+    from benchmarks.lab._environment import context
+    from benchmarks.lab._jobs import Models, run_jobs
+    from benchmarks.lab._store import Store, save_results
     from benchmarks.traces import _along, _gauss_newton, _gauss_newton_report, _measure
     from benchmarks.traces import _figures as figures
     from benchmarks.traces._report import report
     from benchmarks.traces._summary import summarize
-    from benchmarks.workbench._environment import context
-    from benchmarks.workbench._jobs import Models, run_jobs
-    from benchmarks.workbench._store import Store, save_results
 
     # Compile times are of compilations.
     jax.config.update("jax_enable_compilation_cache", False)

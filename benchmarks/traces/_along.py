@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.workbench._jobs import Job, Models, Settings
-from benchmarks.workbench._models import Batch, Model, Params, Task
-from benchmarks.workbench._steps import LEARNING_RATE, compiled_estimate
-from benchmarks.workbench._training import describe
+from benchmarks.lab._jobs import Job, Models, Settings
+from benchmarks.lab._models import Batch, Model, Params, Task
+from benchmarks.lab._steps import LEARNING_RATE, compiled_estimate
+from benchmarks.lab._training import describe
 from lama_optax import flipout, hutchinson
 
 PROBES = 10

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from benchmarks.workbench._models import CNN, Transformer
+from benchmarks.lab._models import CNN, Transformer
 
 if TYPE_CHECKING:
-    from benchmarks.workbench._torch import TorchModel
+    from benchmarks.lab._torch import TorchModel
 
 
 def diagonal(model: "TorchModel") -> Callable[[], list[float]]:

@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.lab._style import COLORS, MARKERS, logarithmic, save_all
 from benchmarks.traces._summary import is_peer
-from benchmarks.workbench._style import COLORS, MARKERS, logarithmic, save_all
 
 
 def draw_all(folder: Path, summary: dict[str, Any]) -> None:

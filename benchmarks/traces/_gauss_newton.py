@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.lab._jobs import Job, Models, Settings
+from benchmarks.lab._models import Batch, Model, Params, Task
+from benchmarks.lab._training import describe
 from benchmarks.traces import _torch
 from benchmarks.traces._jax import (
     EXACT,
@@ -27,9 +30,6 @@ from benchmarks.traces._jax import (
     traceax_blocks,
 )
 from benchmarks.traces._measure import GRADIENT, Contenders, Rounds, Sums
-from benchmarks.workbench._jobs import Job, Models, Settings
-from benchmarks.workbench._models import Batch, Model, Params, Task
-from benchmarks.workbench._training import describe
 from lama_optax import Estimator, flipout, layer_curvature, layer_names
 
 #: What a quick look is content with.

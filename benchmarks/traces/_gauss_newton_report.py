@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.lab._jobs import Models, Outcome
 from benchmarks.moons._report import table
 from benchmarks.traces._jax import EXACT, FISHER, TEN_SAMPLES
 from benchmarks.traces._report import contenders as contenders_table
 from benchmarks.traces._report import peers
 from benchmarks.traces._summary import compile_seconds, contenders, merge, std_error
-from benchmarks.workbench._jobs import Models, Outcome
 from lama_optax import layer_names
 
 NOTES = """\

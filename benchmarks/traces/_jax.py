@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from benchmarks.workbench._environment import NOT_INSTALLED
-from benchmarks.workbench._models import Batch, Model, Params
+from benchmarks.lab._environment import NOT_INSTALLED
+from benchmarks.lab._models import Batch, Model, Params
 from lama_optax import (
     Estimator,
     fisher,

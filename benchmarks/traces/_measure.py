@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.lab._jobs import Job, Models, Settings
+from benchmarks.lab._models import Model
+from benchmarks.lab._steps import ADAM, GIVEN, Step, default_flipout, first_order
+from benchmarks.lab._timing import interleave
+from benchmarks.lab._training import describe
 from benchmarks.traces import _jax, _torch
 from benchmarks.traces._jax import Estimate, Maker
-from benchmarks.workbench._jobs import Job, Models, Settings
-from benchmarks.workbench._models import Model
-from benchmarks.workbench._steps import ADAM, GIVEN, Step, default_flipout, first_order
-from benchmarks.workbench._timing import interleave
-from benchmarks.workbench._training import describe
 from lama_optax import layer_names
 
 GRADIENT, TORCH_GRADIENT = "gradient", "gradient, PyTorch"

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.lab._steps import ADAM, default_flipout
+from benchmarks.lab._training import text_warning
 from benchmarks.moons._report import table
 from benchmarks.traces._jax import TEN_PROBES
 from benchmarks.traces._measure import GRADIENT, TORCH_GRADIENT
 from benchmarks.traces._summary import TELEMETRY_INTERVAL, best_peer
-from benchmarks.workbench._steps import ADAM, default_flipout
-from benchmarks.workbench._training import text_warning
 
 #: Ours that are held against each peer.
 SHOWN = (

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.lab._jobs import Models, Outcome
+from benchmarks.lab._steps import ADAM, GIVEN, default_flipout
+from benchmarks.lab._timing import Spread, paired_ratio
 from benchmarks.traces._along import DECAYS, INTERVALS, NUM_PROBES, held
 from benchmarks.traces._jax import EXACT, OWN, QUARTER, TEN_PROBES
 from benchmarks.traces._measure import GRADIENT, STEPS, TORCH_GRADIENT, in_torch
-from benchmarks.workbench._jobs import Models, Outcome
-from benchmarks.workbench._steps import ADAM, GIVEN, default_flipout
-from benchmarks.workbench._timing import Spread, paired_ratio
 from lama_optax import layer_names
 
 #: A layer's standard error that telemetry is to reach, relative to its trace.

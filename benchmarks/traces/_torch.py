@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.lab._environment import NOT_INSTALLED
+from benchmarks.lab._models import Model
 from benchmarks.traces._jax import Estimate, Maker
-from benchmarks.workbench._environment import NOT_INSTALLED
-from benchmarks.workbench._models import Model
 
 if TYPE_CHECKING:
-    from benchmarks.workbench._torch import TorchModel
+    from benchmarks.lab._torch import TorchModel
 
 
 def makers() -> dict[str, Maker]:
@@ -35,7 +35,7 @@ def _model(model: Model, package: str) -> "TorchModel":
     for name in ("torch", package):
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(NOT_INSTALLED)
-    from benchmarks.workbench._torch import TorchModel
+    from benchmarks.lab._torch import TorchModel
 
     return TorchModel(model)
 

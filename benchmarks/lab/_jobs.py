@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from benchmarks.workbench._models import Model, Task, tasks
-from benchmarks.workbench._store import Store, Unit
-from benchmarks.workbench._training import trained
+from benchmarks.lab._models import Model, Task, tasks
+from benchmarks.lab._store import Store, Unit
+from benchmarks.lab._training import trained
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What every benchmark of the workbench is told."""
+    """What every benchmark is told."""
 
     results: Path
     models: tuple[str, ...]
@@ -86,9 +86,14 @@ def parser(prog: str, description: str, results: str) -> argparse.ArgumentParser
     return result
 
 
-def common_settings(command_line: argparse.ArgumentParser, options: Any) -> Settings:
-    """The shared options' values; a wrong one ends the program with a message that names it."""
-    known = tuple(tasks(options.quick))
+def common_settings(
+    command_line: argparse.ArgumentParser, options: Any, known: tuple[str, ...] = ()
+) -> Settings:
+    """The shared options' values; a wrong one ends the program with a message that names it.
+
+    ``known`` are the models that there are: by default the four of `tasks`.
+    """
+    known = known or tuple(tasks(options.quick))
     models = known if options.models is None else tuple(options.models.split(","))
     for name in models:
         if name not in known:

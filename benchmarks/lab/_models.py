@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.lab import _data as data
 from benchmarks.moons._data import Classifier
-from benchmarks.workbench import _data as data
 from lama_optax import supervised
 
 Params = Any

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from benchmarks.workbench._data import KNOWN_TEXTS, text
-from benchmarks.workbench._models import Model, Params, Task
+from benchmarks.lab._data import KNOWN_TEXTS, text
+from benchmarks.lab._models import Model, Params, Task
 
 
 def trained(task: Task, folder: Path) -> Model:

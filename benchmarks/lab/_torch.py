@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.workbench._models import CNN, MLP, Model, Transformer
+from benchmarks.lab._models import CNN, MLP, Model, Transformer
 
 
 class Network(nn.Module):  # type: ignore[misc]  # torch need not be installed

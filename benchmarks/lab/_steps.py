@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.workbench._models import Batch, Model, Params
-from benchmarks.workbench._timing import Visit
+from benchmarks.lab._models import Batch, Model, Params
+from benchmarks.lab._timing import Visit
 from lama_optax import (
     Estimator,
     fisher,

@@ -9,70 +9,28 @@ import inspect
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
+from optimizers import (
+    ALIASES,
+    FACTORIES,
+    LAMA,
+    PARAMS,
+    assert_all_close,
+    curvature_of,
+    every_alias,
+    every_optimizer,
+    loss,
+    shapes,
+    update_once,
+)
 
 from lama_optax import (
-    exact_trace,
     hutchinson,
     lam,
-    lam_scale,
     lama_adam,
     lama_scale,
 )
-
-# The exact trace compiles in a third of the time that random probes take.
-LAMA = {
-    "lama_scale": functools.partial(lama_scale, estimator=exact_trace()),
-    "lama_adam": functools.partial(lama_adam, 1e-2, estimator=exact_trace(), update_interval=1),
-}
-LAM = {
-    "lam_scale-weight": lam_scale,
-    "lam_scale-layer": functools.partial(lam_scale, granularity="layer"),
-    "lam-weight": functools.partial(lam, 1e-2),
-    "lam-layer": functools.partial(lam, 1e-2, granularity="layer"),
-}
-FACTORIES = {**LAMA, **LAM}
-every_optimizer = pytest.mark.parametrize("name", FACTORIES)
-# They chain the others with a learning rate.
-ALIASES = ("lama_adam", "lam-weight", "lam-layer")
-every_alias = pytest.mark.parametrize("name", ALIASES)
-
-PARAMS = {
-    "a": {"kernel": jnp.asarray([[0.5, 1.0], [-1.0, 0.5]]), "bias": jnp.asarray([-0.5, 0.5])},
-    "b": {"kernel": jnp.asarray([[0.25], [0.5]]), "bias": jnp.asarray([2.0])},
-}
-
-
-def update_once(tx, grads, params, **extra_args):
-    """The first update, compiled."""
-    update = jax.jit(functools.partial(tx.update, **extra_args))
-    return update(grads, tx.init(params), params)
-
-
-def loss(params):
-    """A quadratic with another curvature for every leaf."""
-    terms = [(i + 1) * jnp.sum(leaf**2) for i, leaf in enumerate(jax.tree.leaves(params))]
-    return functools.reduce(jnp.add, terms)
-
-
-def curvature_of(params):
-    """The params-shaped tree of `loss`'s average curvatures, known in closed form."""
-    leaves, treedef = jax.tree.flatten(params)
-    return jax.tree.unflatten(treedef, [2.0 * (i + 1) for i in range(len(leaves))])
-
-
-def shapes(tree):
-    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
-
-
-def assert_all_close(actual, expected, rtol=1e-5, atol=1e-7):
-    """By default ten to a hundred roundings of float32, those of jit's reordering."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
-
 
 # The tests of optax/contrib/_common_test.py, in its order.
 
@@ -223,121 +181,6 @@ def test_learning_rate_is_annotated_as_a_schedule_and_takes_one(factory):
         updates, _ = update_once(tx, PARAMS, PARAMS, curvature=curvature_of(PARAMS))
         trained.append(updates)
     assert_all_close(*trained, rtol=1e-6)
-
-
-# Hyper-parameters as traced arrays, all of them.
-
-LAMA_NUMBERS = {
-    "b1": 0.5,
-    "b2": 0.5,
-    "eps": 1.0,
-    "eps_root": 1.0,
-    "alpha_min": 0.9,
-    "alpha_max": 1.05,
-    "sensitivity": -0.1,
-    "update_interval": 2,
-    "curvature_decay": 0.5,
-    "max_momentum": 0.49,
-    "learning_rate": 0.5,
-    "weight_decay": 0.1,
-}
-LAM_NUMBERS = {"decay": 0.5, "eps": 1.0, "learning_rate": 0.5}
-
-
-@pytest.mark.standard_promotion
-@pytest.mark.parametrize(
-    ("factory", "numbers", "static"),
-    [
-        # A curvature that moves alpha, but not to where the default cap hides alpha's limits.
-        (
-            lama_adam,
-            LAMA_NUMBERS,
-            {"sensitivity": 0.02, "estimator": exact_trace(), "update_interval": 1},
-        ),
-        (lam, LAM_NUMBERS, {}),
-        (lam, LAM_NUMBERS, {"granularity": "layer"}),
-    ],
-    ids=["lama_adam", "lam-weight", "lam-layer"],
-)
-def test_every_number_can_be_changed_between_steps_without_a_compilation(factory, numbers, static):
-    injected = optax.inject_hyperparams(factory)(learning_rate=0.1, **static)
-    params = jnp.asarray([0.3, -1.0, 2.0])
-    traces = []
-
-    def value_fn(params):
-        return jnp.sum(jnp.sin(3 * params) * jnp.sum(params**2))
-
-    def two_steps(tx, state):
-        def step(carry, _):
-            params, state = carry
-            grads = jax.grad(value_fn)(params)
-            updates, state = tx.update(grads, state, params, value_fn=value_fn)
-            return (optax.apply_updates(params, updates), state), None
-
-        traces.append(1)
-        return jax.lax.scan(step, (params, state), length=2)[0][0]
-
-    train = jax.jit(functools.partial(two_steps, injected))
-    initial = injected.init(params)
-    assert set(initial.hyperparams) - {"key"} == set(numbers)
-    arrays = {
-        name: jnp.full_like(initial.hyperparams[name], value) for name, value in numbers.items()
-    }
-
-    def changed(arrays):
-        return train(initial._replace(hyperparams={**initial.hyperparams, **arrays}))
-
-    # Each of them has an effect of its own.
-    for name, array in arrays.items():
-        assert np.abs(changed({name: array}) - changed({})).max() > 1e-4, name
-    # All of them together are the optimizer that was built with them, which are no tracers there.
-    tx = factory(**static | numbers)
-    # Roundings of float32 in another order, carried on by sin(3 x) |x|^2, of slope 20.
-    np.testing.assert_allclose(
-        changed(arrays), two_steps(tx, tx.init(params)), rtol=1e-5, atol=1e-5
-    )
-    assert len(traces) == 2
-
-
-@pytest.mark.standard_promotion
-@every_alias
-def test_inject_hyperparams_with_half_precision_parameters(name):
-    dtype = "bfloat16"
-    params = {"w": jnp.asarray([1.0, 2.0], dtype)}
-    # Numbers in the dtype of the parameters, optax's default, would round 0.999 away.
-    with pytest.raises(ValueError, match=r"hyperparam_dtype=jnp\.float32"):
-        optax.inject_hyperparams(FACTORIES[name])().init(params)
-
-    tx = optax.inject_hyperparams(FACTORIES[name], hyperparam_dtype=jnp.float32)()
-    updates, state = update_once(tx, params, params, value_fn=loss)
-    expected, _ = update_once(FACTORIES[name](), params, params, value_fn=loss)
-    assert updates["w"].dtype == jnp.dtype(dtype)
-    # One rounding of the dtype, which a last bit of float32 may tip.
-    assert_all_close(updates, expected, rtol=float(jnp.finfo(dtype).eps))
-    assert all(x.dtype != jnp.dtype(dtype) for x in jax.tree.leaves(state.hyperparams))
-
-
-@pytest.mark.parametrize("make_key", [lambda: 3, lambda: jax.random.PRNGKey(3)], ids=["int", "raw"])
-def test_inject_hyperparams_with_a_key(make_key):
-    tx = optax.inject_hyperparams(lama_scale)(key=make_key())
-    state = jax.jit(tx.init)(PARAMS)
-    assert state.inner_state.tracker.key.tolist() == jax.random.PRNGKey(3).tolist()
-
-
-@pytest.mark.standard_promotion
-def test_schedules_of_b1_and_sensitivity():
-    tx = optax.inject_hyperparams(lama_scale)(
-        b1=optax.linear_schedule(0.9, 0.5, 2), sensitivity=lambda t: 0.1 * t
-    )
-    update = jax.jit(functools.partial(tx.update, curvature=jnp.asarray([10.0, -10.0])))
-    state, momentum = tx.init(PARAMS), []
-    for _ in range(3):
-        _, state = update(PARAMS, state, PARAMS)
-        momentum.append(state.inner_state.momentum)
-    for t, (b1, actual) in enumerate(zip((0.9, 0.7, 0.5), momentum, strict=True)):
-        alpha = 0.5 + 1 / (1 + np.exp(-0.1 * t * np.asarray([10.0, -10.0])))
-        # Eq. 9 in float32.
-        np.testing.assert_allclose(actual, np.minimum(alpha * b1, 0.999), rtol=1e-5)
 
 
 # Tools and wrappers of optax.

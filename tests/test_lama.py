@@ -99,15 +99,15 @@ def test_equations_1_to_9(x64, seed, options):
 def test_both_signs_move_alpha_to_either_side_of_one(x64):
     """Finding 5, on the same training step."""
     problem = reference.make_problem(0)
-    state = {
-        sign: train(
-            lama_scale(sensitivity=sign * 10.0, estimator=exact_trace()),
-            problem.params,
-            lambda p: loss(p, problem),
-            1,
-        )[1]
-        for sign in (1, -1)
-    }
+    params = jax.tree.map(jnp.asarray, problem.params)
+
+    @jax.jit
+    def after_one_step(params, sensitivity):
+        tx = lama_scale(sensitivity=sensitivity, estimator=exact_trace(), update_interval=1)
+        value_fn = lambda p: loss(p, problem)  # noqa: E731
+        return tx.update(jax.grad(value_fn)(params), tx.init(params), params, value_fn=value_fn)[1]
+
+    state = {sign: after_one_step(params, sign * 10.0) for sign in (1, -1)}
     # sigmoid(x) + sigmoid(-x) = 1: the two alphas lie symmetrically about the middle, 1.
     np.testing.assert_allclose(state[1].alpha + state[-1].alpha, 2.0, rtol=1e-14)
     positive = state[1].curvature > 0
@@ -134,10 +134,16 @@ def test_weight_decay_mask_of_lama_adam():
         lama_adam(0.5, **options, update_interval=1)
         for options in ({}, {"weight_decay": 0.25, "mask": kernels}, {"weight_decay": 0.25})
     )
-    plain, masked, full = (
-        jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS, curvature=jnp.zeros(2))[0]
-        for tx in (plain, masked, full)
-    )
+    states = [tx.init(PARAMS) for tx in (plain, masked, full)]
+
+    @jax.jit
+    def updates(states):
+        return [
+            tx.update(GRADS, state, PARAMS, curvature=jnp.zeros(2))[0]
+            for tx, state in zip((plain, masked, full), states, strict=True)
+        ]
+
+    plain, masked, full = updates(states)
     for layer in PARAMS:
         assert masked[layer]["bias"].tolist() == plain[layer]["bias"].tolist()
         assert masked[layer]["kernel"].tolist() == full[layer]["kernel"].tolist()

@@ -28,8 +28,8 @@ class LayerCurvature(NamedTuple):
         """From each layer's trace, shape (L,), and the trace's standard error, None if unknown."""
         mean = layers.average(trace)
         if std_error is None:
-            # From numpy: `jax.debug_nans` looks for NaN in what JAX computes.
-            error = jnp.asarray(np.full(mean.shape, np.nan, mean.dtype))
+            # From numpy: `jax.debug_nans` looks for NaN in what JAX computes, `jnp.asarray` too.
+            error = jax.device_put(np.full(mean.shape, np.nan, mean.dtype))
         else:
             error = layers.average(std_error)
         fits = max(layers.sizes, default=0) < 2**31

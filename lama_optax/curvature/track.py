@@ -49,7 +49,7 @@ class CurvatureState(NamedTuple):
         if isinstance(known, jax.core.Tracer):
             return jnp.where(known, jnp.sqrt(self.spread * factor), unknown)
         error = np.where(known, np.sqrt(np.asarray(self.spread * factor)), unknown)
-        return jnp.asarray(error, factor.dtype)
+        return jax.device_put(error.astype(factor.dtype))
 
 
 def track_curvature(

@@ -80,13 +80,13 @@ def test_convolutions_in_branches_have_their_axes_in_the_order_of_fast_code(esti
 @pytest.mark.parametrize(
     ("shape", "kernel", "axes", "settings"),
     [
-        ((2, 6, 7, 4), (3, 2, 4, 5), ("NHWC", "HWIO", "NHWC"), {}),
+        SLOW((2, 6, 7, 4), (3, 2, 4, 5), ("NHWC", "HWIO", "NHWC"), {}),
         ((2, 4, 6, 7), (5, 4, 3, 2), ("NCHW", "OIHW", "NCHW"), {"window_strides": (2, 1)}),
         ((6, 2, 7, 4), (4, 3, 5, 2), ("HNWC", "IHOW", "CWHN"), {"rhs_dilation": (1, 2)}),
         ((2, 9, 4), (3, 2, 6), ("NHC", "HIO", "NHC"), {"feature_group_count": 2}),
         ((4, 3, 9), (6, 3, 2), ("NCH", "OIH", "NCH"), {"batch_group_count": 2}),
-        ((2, 9, 4), (3, 4, 6), ("NHC", "HIO", "NHC"), {"lhs_dilation": (2,)}),
-        ((2, 3, 4, 5, 3), (2, 2, 2, 3, 2), ("NDHWC", "DHWIO", "NDHWC"), {}),
+        SLOW((2, 9, 4), (3, 4, 6), ("NHC", "HIO", "NHC"), {"lhs_dilation": (2,)}),
+        SLOW((2, 3, 4, 5, 3), (2, 2, 2, 3, 2), ("NDHWC", "DHWIO", "NDHWC"), {}),
     ],
 )
 def test_every_convolution_and_its_derivatives_keep_their_values(shape, kernel, axes, settings):

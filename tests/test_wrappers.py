@@ -203,6 +203,7 @@ def test_curvature_of_one_scalar_a_module_beside_a_hidden_one():
     assert curvatures(state) == {"Dense_0": 2.0}
 
 
+@pytest.mark.slow
 def test_worked_example_lama_for_one_group_and_adam_for_the_other():
     """The body of a network by LAMA-Adam, its head by Adam, each at a rate of its own."""
     tx = optax.partition(
@@ -299,6 +300,7 @@ def test_sam_trains_with_a_bound_value_fn(opaque):
     assert inner.tracker.key.tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_lookahead_trains_with_value_fn_bound_inside_the_step():
     """The batch changes from step to step, so the binding is made where the batch is known."""
     inputs = jnp.asarray(np.random.default_rng(0).normal(size=(16, 2)), jnp.float32)

@@ -252,7 +252,7 @@ def test_block_scope_is_the_joint_one_for_a_single_layer():
 
 @pytest.mark.parametrize(
     ("scope", "hvp", "chunks"),
-    [("joint", "exact", (5, 3, 11)), ("block", "finite_difference", [3])],
+    [("joint", "exact", (5, 3, 11)), SLOW("block", "finite_difference", [3])],
 )
 def test_chunks_change_nothing(x64, scope, hvp, chunks):
     """K = 10: chunks that divide it, that leave a remainder, and more than K."""

@@ -10,7 +10,7 @@ from lama_optax._jaxpr.batch_norm import find_batch_norm
 from lama_optax._jaxpr.channels_last import channels_last
 from lama_optax._jaxpr.collectives import holds_collective
 from lama_optax._jaxpr.interpret import names_in, narrowest_dtype
-from lama_optax._jaxpr.weights.follow import trace_example
+from lama_optax._jaxpr.weights import trace_example
 from lama_optax.curvature.protocol import scalar_objective
 
 PyTree = Any

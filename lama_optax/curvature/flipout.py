@@ -19,7 +19,7 @@ import optax
 
 from lama_optax._checks import check_count, check_word
 from lama_optax._jaxpr.channels_last import channels_last
-from lama_optax._jaxpr.curvature.second_derivatives import second_derivatives
+from lama_optax._jaxpr.second_derivatives import second_derivatives
 from lama_optax.curvature.examples import check_mean
 from lama_optax.curvature.hutchinson import hutchinson
 from lama_optax.curvature.probes import signs
@@ -150,7 +150,7 @@ class _Flipout:
 
         def joint(params: PyTree, *rest: Any) -> tuple[jax.Array, jax.Array]:
             def along(t: jax.Array) -> jax.Array:
-                return loss(t, params, *rest)[0]
+                return loss(t, params, *rest)
 
             t = loss.zeros(params, rest[-1])
             (value, _), (_, product) = jax.jvp(jax.value_and_grad(along), (t,), (t + scale,))

@@ -9,13 +9,9 @@ The gradient dL/dx_j is one for all directions. Products have no second derivati
 each direction costs one product where the function has one.
 
 Elementwise functions of one value r are taken together: their x' is a multiple of r', and their
-share of L'' is sum_i w_i r_i'^2 with weights w that all directions share. Where r' is random, of
-mean 0 and with a known mean square, that mean replaces r_i'^2, on the way to a product: the
-expectation of L'' stays the same, and has less noise.
+share of L'' is sum_i w_i r_i'^2 with weights w that all directions share.
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,10 +20,10 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from lama_optax._jaxpr import operations
-from lama_optax._jaxpr.curvature.derivative_rule import Arrays, DerivativeRule, OneEquation
 from lama_optax._jaxpr.interpret import (
     apply,
     equations_in,
+    following,
     inlined,
     interpret,
     is_in,
@@ -35,23 +31,7 @@ from lama_optax._jaxpr.interpret import (
     source,
 )
 
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["before", "after", "square"],
-    meta_fields=["leaf"],
-)
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """Where a random perturbation of mean 0 enters a value: ``after = before + t perturbation``."""
-
-    leaf: int  # perturbations of different leaves are independent
-    before: Any
-    after: Any
-    square: Any  # the mean square of each entry of the perturbation
-
-
-Function = Callable[..., tuple[jax.Array, list[Entry]]]
+Arrays = dict[Any, jax.Array]  # of variables
 
 
 class SecondDerivatives(NamedTuple):
@@ -62,20 +42,19 @@ class SecondDerivatives(NamedTuple):
     unknown: str | None  # the operation for which one pass forwards is not known to be right
 
 
-def second_derivatives(fn: Function, zeros: Sequence[jax.Array]) -> SecondDerivatives:
+def second_derivatives(
+    fn: Callable[..., jax.Array], zeros: Sequence[jax.Array]
+) -> SecondDerivatives:
     """``d^2 fn / d t_i^2`` for each argument of a function of scalars t, which are ``zeros``.
 
-    With its value ``fn`` returns where random directions enter; the means over them are those of
-    the second derivatives. Where a pass forwards is not known to be right, each is a derivative of
-    the gradient.
+    Where a pass forwards is not known to be right, each is a derivative of the gradient.
     """
-    closed, structure = inlined(fn, zeros)
-    result, entries = jax.tree.unflatten(structure, closed.jaxpr.outvars)
+    closed = inlined(fn, zeros)
     moving = _moving(closed.jaxpr)
     unknown = _unknown(closed.jaxpr, moving)
     if unknown is not None:
         return SecondDerivatives(*_by_gradient(fn, jnp.stack(zeros)), unknown)
-    evaluation = _Evaluation(closed, zeros, result, entries, moving)
+    evaluation = _Evaluation(closed, zeros, moving)
     one = jnp.ones_like(zeros[0])
     found: list[jax.Array] = []
     for i in range(len(zeros)):
@@ -85,9 +64,9 @@ def second_derivatives(fn: Function, zeros: Sequence[jax.Array]) -> SecondDeriva
     return SecondDerivatives(evaluation.value, jnp.stack(found), None)
 
 
-def _by_gradient(fn: Function, zeros: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _by_gradient(fn: Callable[..., jax.Array], zeros: jax.Array) -> tuple[jax.Array, jax.Array]:
     def along(t: jax.Array) -> jax.Array:
-        return fn(*t)[0]
+        return fn(*t)
 
     def of_direction(i: jax.Array) -> jax.Array:
         is_own = jnp.arange(zeros.size) == i
@@ -117,51 +96,86 @@ def _unknown(jaxpr: Any, moving: set[Any]) -> str | None:
     return None
 
 
-# An elementwise function of the value of a variable, the root, by its first derivative.
-_Chain = tuple[Any, jax.Array]
-# The mean square of a first derivative, and the leaves whose perturbations it is made of.
-_Square = tuple[jax.Array, frozenset[int]]
+class _OneEquation:
+    """An equation as a function of those of its inputs that move."""
+
+    def __init__(self, jaxpr: Any, eqn: Any, moving: Any):
+        """``moving``: variables, of which some are inputs; the others are constants."""
+        self.inputs = [*dict.fromkeys(eqn.invars[i] for i in places(eqn, moving))]
+        self.outputs = [
+            v for v in eqn.outvars if not isinstance(v, jex.DropVar) and operations.is_float(v)
+        ]
+        self._jaxpr, self._eqn = jaxpr, eqn
+
+    def at(self, ins: list[Any], moved: list[jax.Array]) -> tuple[list[jax.Array], list[Any]]:
+        """The real outputs, and all of them, where the moving inputs are ``moved``."""
+        eqn, new = self._eqn, dict(zip(self.inputs, moved, strict=True))
+        full = [new[v] if is_in(v, new) else x for v, x in zip(eqn.invars, ins, strict=True)]
+        outs = apply(self._jaxpr, eqn, full)
+        found = dict(zip(eqn.outvars, outs, strict=True))
+        return [found[v] for v in self.outputs], outs
+
+    def moved(self, ins: list[Any]) -> list[jax.Array]:
+        """The moving ones of all inputs."""
+        return [ins[self._eqn.invars.index(v)] for v in self.inputs]
+
+
+class _DerivativeRule:
+    """``D f x'`` and ``D^2 f [x', x']`` of one equation ``f``, traced once for many directions."""
+
+    def __init__(self, jaxpr: Any, eqn: Any, ins: list[Any], slopes: Arrays):
+        """For inputs and directions like these."""
+        self._equation = equation = _OneEquation(jaxpr, eqn, slopes)
+
+        def derivatives(ins: list[Any], slopes: list[jax.Array]) -> Any:
+            def along(at: list[jax.Array]) -> list[jax.Array]:
+                return jax.jvp(lambda at: equation.at(ins, at)[0], (at,), (slopes,))[1]
+
+            return jax.jvp(along, (equation.moved(ins),), (slopes,))
+
+        directions = [slopes[v] for v in equation.inputs]
+        self._closed = jax.make_jaxpr(derivatives)(ins, directions)
+        # A derivative that reads no direction is 0: the second one of a linear f, for one.
+        inner = self._closed.jaxpr
+        reading = following(inner, inner.invars[len(ins) :])
+        self._is_zero = [not is_in(v, reading) for v in inner.outvars]
+
+    def __call__(self, ins: list[Any], slopes: Arrays) -> tuple[Arrays, Arrays]:
+        """The outputs' first and second derivatives; those that are not there are 0."""
+        directions = [slopes[v] for v in self._equation.inputs]
+        outs = jex.jaxpr_as_fun(self._closed)(*ins, *directions)
+        found: list[Arrays] = []
+        for part in (slice(len(outs) // 2), slice(len(outs) // 2, None)):
+            values = zip(self._equation.outputs, outs[part], self._is_zero[part], strict=True)
+            found.append({v: x for v, x, zero in values if not zero})
+        return found[0], found[1]
 
 
 class _Evaluation:
     """One evaluation of a function: what all directions have in common."""
 
-    def __init__(
-        self,
-        closed: Any,
-        args: Sequence[jax.Array],
-        result: Any,
-        entries: Sequence[Entry],
-        moving: set[Any],
-    ):
-        """``result`` and what is in ``entries`` are variables of the jaxpr."""
+    def __init__(self, closed: Any, args: Sequence[jax.Array], moving: set[Any]):
+        """``moving``: the variables that may have a derivative."""
         self._jaxpr, self._dtype = closed.jaxpr, args[0].dtype
-        self._rules: dict[Any, DerivativeRule] = {}
-        self._near = _near_products(self._jaxpr, moving)
+        self._rules: dict[Any, _DerivativeRule] = {}
         self._inputs: list[list[Any]] = []
-        befores = {entry.after: entry.before for entry in entries}
-        backwards: list[tuple[OneEquation, Callable[..., Any], list[jax.Array]]] = []
+        backwards: list[tuple[_OneEquation, Callable[..., Any], list[jax.Array]]] = []
 
         def equation(jaxpr: Any, eqn: Any, ins: list[Any]) -> list[Any]:
             self._inputs.append(ins)
-            one = OneEquation(jaxpr, eqn, moving)
+            one = _OneEquation(jaxpr, eqn, moving)
             if not one.inputs or not moving.intersection(eqn.outvars):
                 return apply(jaxpr, eqn, ins)
             values, pull_back, outs = jax.vjp(
                 lambda at: one.at(ins, at), one.moved(ins), has_aux=True
             )
             backwards.append((one, pull_back, values))
-            entry = befores.get(eqn.outvars[0])
-            # At t = 0 both have one value; this one does not wait for the perturbation.
-            return outs if entry is None else [ins[eqn.invars.index(entry)]]
+            return outs
 
-        self.value, *at_entries = interpret(closed, args, equation)
-        self._entries = {
-            entry.after: (entry, square.astype(self._dtype))
-            for entry, square in zip(entries, at_entries[2::3], strict=True)
-        }
-        self._gradient = _gradient(result, self.value, backwards)
-        self._chains: dict[Any, _Chain] = {}
+        (self.value,) = interpret(closed, args, equation)
+        self._gradient = _gradient(self._jaxpr.outvars[0], self.value, backwards)
+        # An elementwise function of a variable, the root: the root, and the derivative by it.
+        self._chains: dict[Any, tuple[Any, jax.Array]] = {}
         self._weights: Arrays = {}  # of roots: what multiplies the squares of their derivatives
         for eqn, ins in zip(self._jaxpr.eqns, self._inputs, strict=True):
             if places(eqn, moving) and eqn.primitive.name in operations.ELEMENTWISE:
@@ -172,10 +186,10 @@ class _Evaluation:
         chains = {v: self._chains.get(v, (v, jnp.ones_like(x))) for v, x in inputs.items()}
         root, *others = {root for root, _ in chains.values()}
         (v,) = eqn.outvars
-        if others or v in self._entries:
+        if others:
             return
         slopes = {v: slope for v, (_, slope) in chains.items()}
-        first, second = DerivativeRule(self._jaxpr, eqn, ins, slopes)(ins, slopes)
+        first, second = _DerivativeRule(self._jaxpr, eqn, ins, slopes)(ins, slopes)
         for slope in first.values():
             self._chains[v] = root, slope
         for bend in second.values() if v in self._gradient else ():
@@ -186,59 +200,28 @@ class _Evaluation:
     def second_derivative(self, i: int, one: jax.Array) -> jax.Array:
         """Along argument ``i``; ``one`` is 1."""
         first: Arrays = {self._jaxpr.invars[i]: one}
-        squares: dict[Any, _Square] = {}
         parts = []
         for number, (eqn, ins) in enumerate(zip(self._jaxpr.eqns, self._inputs, strict=True)):
             moved = places(eqn, first)
             if not moved or eqn.primitive.name in operations.FLAT:
                 continue
-            chain = self._chains.get(eqn.outvars[0]) if len(eqn.outvars) == 1 else None
-            if chain is not None:
-                root, slope = chain
+            if eqn.outvars[0] in self._chains:
+                root, slope = self._chains[eqn.outvars[0]]
                 first[eqn.outvars[0]] = slope * first[root].astype(slope.dtype)
-            else:
-                if (number, moved) not in self._rules:
-                    self._rules[number, moved] = DerivativeRule(self._jaxpr, eqn, ins, first)
-                new, second = self._rules[number, moved](ins, first)
-                first |= new
-                parts += [
-                    jnp.sum(self._gradient[v] * x.astype(self._dtype))
-                    for v, x in second.items()
-                    if v in self._gradient
-                ]
-            square = self._square_of(eqn, first, squares)
-            if square is not None:
-                squares[eqn.outvars[0]] = square
+                continue
+            if (number, moved) not in self._rules:
+                self._rules[number, moved] = _DerivativeRule(self._jaxpr, eqn, ins, first)
+            new, second = self._rules[number, moved](ins, first)
+            first |= new
+            parts += [
+                jnp.sum(self._gradient[v] * x.astype(self._dtype))
+                for v, x in second.items()
+                if v in self._gradient
+            ]
         for root, weight in self._weights.items():
             if root in first:
-                is_known = root in squares and root in self._near
-                square_of_root = squares[root][0] if is_known else jnp.square(first[root])
-                parts.append(jnp.sum(weight * square_of_root.astype(self._dtype)))
+                parts.append(jnp.sum(weight * jnp.square(first[root].astype(self._dtype))))
         return sum(parts, jnp.zeros_like(one))
-
-    def _square_of(self, eqn: Any, first: Arrays, squares: dict[Any, _Square]) -> _Square | None:
-        """The mean square of an equation's one output, where it is known."""
-        v = eqn.outvars[0]
-        if v in self._entries:
-            entry, square = self._entries[v]
-            return None if is_in(entry.before, first) else (square, frozenset({entry.leaf}))
-        if v in self._chains:
-            root, slope = self._chains[v]
-            if root not in squares:
-                return None
-            square, leaves = squares[root]
-            return jnp.square(slope.astype(self._dtype)) * square, leaves
-        moved = [eqn.invars[i] for i in places(eqn, first)]
-        known = [squares[v] for v in moved if v in squares]
-        if not known or len(known) < len(moved):
-            return None
-        values, sources = zip(*known, strict=True)
-        leaves = frozenset[int]().union(*sources)
-        if eqn.primitive.name in operations.LAYOUTS:
-            return apply(self._jaxpr, eqn, values)[0], leaves
-        is_sum = eqn.primitive.name in {"add", "sub"}
-        are_independent = len(leaves) == sum(map(len, sources))
-        return (functools.reduce(jnp.add, values), leaves) if is_sum and are_independent else None
 
 
 def _summed_like(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -252,7 +235,7 @@ def _summed_like(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _gradient(
     result: Any,
     value: jax.Array,
-    backwards: Sequence[tuple[OneEquation, Callable[..., Any], list[jax.Array]]],
+    backwards: Sequence[tuple[_OneEquation, Callable[..., Any], list[jax.Array]]],
 ) -> Arrays:
     """The derivatives of the result by every variable on the way to it."""
     found = {} if isinstance(result, jex.Literal) else {result: jnp.ones_like(value)}
@@ -264,18 +247,3 @@ def _gradient(
         for v, x in zip(one.inputs, cotangents, strict=True):
             found[v] = found[v] + x if v in found else x
     return {v: x.astype(value.dtype) for v, x in found.items()}
-
-
-def _near_products(jaxpr: Any, moving: set[Any]) -> set[Any]:
-    """What goes into products and nowhere else, each entry for itself.
-
-    Elsewhere squares may cancel with other terms: softmax has sum p x'^2 - (sum p x')^2, of
-    which the mean of the first alone would be the noisier.
-    """
-    near = moving.difference(v for v in jaxpr.outvars[:1] if is_in(v, moving))
-    for eqn in reversed(jaxpr.eqns):
-        outs, name = moving.intersection(eqn.outvars), eqn.primitive.name
-        is_entrywise = name in operations.ELEMENTWISE | operations.LAYOUTS
-        if outs and name not in operations.PRODUCTS and not (is_entrywise and near >= outs):
-            near.difference_update(eqn.invars[i] for i in places(eqn, near))
-    return near

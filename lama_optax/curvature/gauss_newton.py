@@ -174,11 +174,10 @@ def gauss_newton(*, max_outputs: int = 256) -> _GaussNewton:
     :math:`\partial_z \ell \cdot \nabla^2_\theta z`, and is then not the Hessian's; with a convex
     loss it is never negative, and for cross-entropy it is the Fisher matrix's.
 
-    It costs a forward pass and a backward pass for each output, but forms no derivative by a weight
-    where an example meets it in fewer rows than it has inputs: 2.3 gradients for an MLP and 12 for
-    a CNN of ten classes, 0.8 for the paper's network (``python -m benchmarks.traces``). Other uses
-    of a weight form the derivative; ``gauss_newton().explain(params, ...)`` says which. The
-    standard error is 0.
+    It costs a forward pass and a backward pass for each output. The derivative by a weight is
+    formed, for one example after the other where they are large together; but not where the weight
+    is used once, in a product with one row of activations, as in a multilayer perceptron: there
+    only its norm is. The standard error is 0.
 
     BatchNorm in training mode has no outputs of one example. It is refused, and where ``value_fn``
     is given too the losses are compared, as in `flipout`.

@@ -65,7 +65,10 @@ class _Hutchinson:
             return quadratic_forms(at, probe)
 
         keys = jax.random.split(key, self.num_probes)
-        samples = _map(sample, keys, chunk)
+        if chunk < self.num_probes:
+            samples = jax.lax.map(sample, keys, batch_size=chunk if chunk > 1 else None)
+        else:
+            samples = jax.vmap(sample)(keys)
         return LayerCurvature.from_trace(layers, jnp.mean(samples, axis=0), standard_error(samples))
 
     def _quadratic_forms(
@@ -155,12 +158,6 @@ def _anew(params: PyTree, probe_key: jax.Array) -> tuple[PyTree, jax.Array]:
     vectors, probe_key = jax.lax.optimization_barrier((vectors, probe_key))
     anew = [vectors.get(i, leaf) for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(treedef, anew), probe_key
-
-
-def _map(fn: Callable[[jax.Array], jax.Array], keys: jax.Array, chunk: int) -> jax.Array:
-    if chunk >= keys.shape[0]:
-        return jax.vmap(fn)(keys)
-    return jax.lax.map(fn, keys, batch_size=None if chunk == 1 else chunk)
 
 
 def hutchinson(

@@ -287,7 +287,7 @@ def test_one_row_of_outputs_has_no_noise_of_its_inputs():
     batch = _normal(1, 5, 1, 4).astype(float)
 
     def loss(p, x):
-        return jnp.sum(jnp.sin(x @ p["w"].reshape(2, 12).reshape(4, 6)))
+        return jnp.sum(jnp.sin(x @ p["w"].reshape(2, 2, 6).reshape(4, 6)))
 
     arguments = {"value_fn": _mean(loss, batch), "example_value_fn": loss, "batch": batch}
     exact = compiled_curvature(params, estimator=exact_trace(), **arguments)

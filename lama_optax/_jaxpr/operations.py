@@ -20,30 +20,29 @@ Runs = list[tuple[list[int], list[int]]]  # of axes: before and after
 _SAME_LAYOUT = frozenset({
     "convert_element_type", "copy", "copy_p", "name", "neg", "reshard", "sharding_constraint",
 })
-#: Operations that lay entries out anew, and copy some.
-LAYOUTS = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
-PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 #: Functions of single entries, which have derivatives of single entries.
 ELEMENTWISE = frozenset({
     "abs", "add", "convert_element_type", "copy", "cos", "div", "erf", "exp", "exp2", "expm1",
     "integer_pow", "log", "log1p", "logistic", "max", "min", "mul", "neg", "pow", "rsqrt",
     "select_n", "sin", "sqrt", "square", "sub", "tanh",
 })
+#: Operations that lay entries out anew, and copy some.
+LAYOUTS = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
 #: What has the derivative 0, whatever it gets.
 FLAT = frozenset({"bitcast_convert_type", "ceil", "floor", "round", "sign", "stop_gradient"})
-_SMOOTH = frozenset({
+_KNOWN = ELEMENTWISE | LAYOUTS | FLAT | frozenset({
     "acos", "acosh", "add_any", "argmax", "argmin", "asin", "asinh", "atan", "atan2", "atanh",
-    "cbrt", "checkpoint", "clamp", "closed_call", "concatenate", "cond", "copy_p", "cosh",
-    "cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "custom_jvp_call", "digamma",
-    "dynamic_slice", "dynamic_update_slice", "eq", "erf_inv", "erfc", "gather", "ge", "gt", "iota",
-    "is_finite", "jit", "le", "lgamma", "lt", "name", "ne", "pad", "pjit", "reduce_max",
-    "reduce_min", "reduce_precision", "reduce_prod", "reduce_sum", "reduce_window_max",
-    "reduce_window_min", "reduce_window_sum", "rem", "remat2", "reshard", "rev", "scan", "scatter",
-    "scatter-add", "scatter_add", "select_and_gather_add", "select_and_scatter_add",
-    "sharding_constraint", "sinh", "slice", "sort", "split", "stack", "tan", "top_k", "unstack",
+    "cbrt", "checkpoint", "clamp", "closed_call", "concatenate", "cond", "conv_general_dilated",
+    "copy_p", "cosh", "cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum",
+    "custom_jvp_call", "digamma", "dot_general", "dynamic_slice", "dynamic_update_slice", "eq",
+    "erf_inv", "erfc", "gather", "ge", "gt", "iota", "is_finite", "jit", "le", "lgamma", "lt",
+    "name", "ne", "pad", "pjit", "reduce_max", "reduce_min", "reduce_precision", "reduce_prod",
+    "reduce_sum", "reduce_window_max", "reduce_window_min", "reduce_window_sum", "rem",
+    "remat2", "reshard", "rev", "scan", "scatter", "scatter-add", "scatter_add",
+    "select_and_gather_add", "select_and_scatter_add", "sharding_constraint", "sinh", "slice",
+    "sort", "split", "stack", "tan", "top_k", "unstack",
 })
 # fmt: on
-_KNOWN = LAYOUTS | PRODUCTS | ELEMENTWISE | FLAT | _SMOOTH
 
 
 def is_known(eqn: Any) -> bool:

@@ -32,6 +32,7 @@ from lama_optax._jaxpr.interpret import (
 )
 
 Arrays = dict[Any, jax.Array]  # of variables
+Step = tuple[Any, list[Any]]  # an equation and its inputs
 
 
 class SecondDerivatives(NamedTuple):
@@ -54,14 +55,36 @@ def second_derivatives(
     unknown = _unknown(closed.jaxpr, moving)
     if unknown is not None:
         return SecondDerivatives(*_by_gradient(fn, jnp.stack(zeros)), unknown)
-    evaluation = _Evaluation(closed, zeros, moving)
-    one = jnp.ones_like(zeros[0])
+    value, gradient, steps = _evaluated(closed, zeros, moving)
+    chains, weights = _chained(closed.jaxpr, gradient, steps, moving)
+    rules: dict[Any, _DerivativeRule] = {}
+    one = jnp.ones_like(value)
     found: list[jax.Array] = []
-    for i in range(len(zeros)):
-        found.append(evaluation.second_derivative(i, one))
+    for v in closed.jaxpr.invars:
+        first: Arrays = {v: one}
+        parts = []
+        for number, (eqn, ins) in enumerate(steps):
+            moved = places(eqn, first)
+            if not moved or eqn.primitive.name in operations.FLAT:
+                continue
+            if eqn.outvars[0] in chains:
+                root, slope = chains[eqn.outvars[0]]
+                first[eqn.outvars[0]] = slope * first[root].astype(slope.dtype)
+                continue
+            if (number, moved) not in rules:
+                rules[number, moved] = _DerivativeRule(closed.jaxpr, eqn, ins, first)
+            new, second = rules[number, moved](ins, first)
+            first |= new
+            parts += [gradient[x] * second[x].astype(value.dtype) for x in second if x in gradient]
+        parts += [
+            weight * jnp.square(first[root].astype(value.dtype))
+            for root, weight in weights.items()
+            if root in first
+        ]
+        found.append(sum(map(jnp.sum, parts), jnp.zeros_like(value)))
         # Always 1, but XLA does not know: else it holds the values of all directions at once.
         one = jnp.where(found[-1] > jnp.inf, 0, one)
-    return SecondDerivatives(evaluation.value, jnp.stack(found), None)
+    return SecondDerivatives(value, jnp.stack(found), None)
 
 
 def _by_gradient(fn: Callable[..., jax.Array], zeros: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -151,99 +174,60 @@ class _DerivativeRule:
         return found[0], found[1]
 
 
-class _Evaluation:
-    """One evaluation of a function: what all directions have in common."""
+def _evaluated(
+    closed: Any, args: Sequence[jax.Array], moving: set[Any]
+) -> tuple[jax.Array, Arrays, list[Step]]:
+    """The value, its derivatives by what moves, and all equations with their inputs."""
+    steps: list[Step] = []
+    backwards: list[tuple[_OneEquation, Callable[..., Any], list[jax.Array]]] = []
 
-    def __init__(self, closed: Any, args: Sequence[jax.Array], moving: set[Any]):
-        """``moving``: the variables that may have a derivative."""
-        self._jaxpr, self._dtype = closed.jaxpr, args[0].dtype
-        self._rules: dict[Any, _DerivativeRule] = {}
-        self._inputs: list[list[Any]] = []
-        backwards: list[tuple[_OneEquation, Callable[..., Any], list[jax.Array]]] = []
+    def equation(jaxpr: Any, eqn: Any, ins: list[Any]) -> list[Any]:
+        steps.append((eqn, ins))
+        one = _OneEquation(jaxpr, eqn, moving)
+        if not one.inputs or not moving.intersection(eqn.outvars):
+            return apply(jaxpr, eqn, ins)
+        values, pull_back, outs = jax.vjp(lambda at: one.at(ins, at), one.moved(ins), has_aux=True)
+        backwards.append((one, pull_back, values))
+        return outs
 
-        def equation(jaxpr: Any, eqn: Any, ins: list[Any]) -> list[Any]:
-            self._inputs.append(ins)
-            one = _OneEquation(jaxpr, eqn, moving)
-            if not one.inputs or not moving.intersection(eqn.outvars):
-                return apply(jaxpr, eqn, ins)
-            values, pull_back, outs = jax.vjp(
-                lambda at: one.at(ins, at), one.moved(ins), has_aux=True
-            )
-            backwards.append((one, pull_back, values))
-            return outs
-
-        (self.value,) = interpret(closed, args, equation)
-        self._gradient = _gradient(self._jaxpr.outvars[0], self.value, backwards)
-        # An elementwise function of a variable, the root: the root, and the derivative by it.
-        self._chains: dict[Any, tuple[Any, jax.Array]] = {}
-        self._weights: Arrays = {}  # of roots: what multiplies the squares of their derivatives
-        for eqn, ins in zip(self._jaxpr.eqns, self._inputs, strict=True):
-            if places(eqn, moving) and eqn.primitive.name in operations.ELEMENTWISE:
-                self._extend_chains(eqn, ins, moving)
-
-    def _extend_chains(self, eqn: Any, ins: list[Any], moving: set[Any]) -> None:
-        inputs = {eqn.invars[i]: ins[i] for i in places(eqn, moving)}
-        chains = {v: self._chains.get(v, (v, jnp.ones_like(x))) for v, x in inputs.items()}
-        root, *others = {root for root, _ in chains.values()}
-        (v,) = eqn.outvars
-        if others:
-            return
-        slopes = {v: slope for v, (_, slope) in chains.items()}
-        first, second = _DerivativeRule(self._jaxpr, eqn, ins, slopes)(ins, slopes)
-        for slope in first.values():
-            self._chains[v] = root, slope
-        for bend in second.values() if v in self._gradient else ():
-            share = self._gradient[v] * bend.astype(self._dtype)
-            share = _summed_like(share, root.aval.shape)
-            self._weights[root] = self._weights[root] + share if root in self._weights else share
-
-    def second_derivative(self, i: int, one: jax.Array) -> jax.Array:
-        """Along argument ``i``; ``one`` is 1."""
-        first: Arrays = {self._jaxpr.invars[i]: one}
-        parts = []
-        for number, (eqn, ins) in enumerate(zip(self._jaxpr.eqns, self._inputs, strict=True)):
-            moved = places(eqn, first)
-            if not moved or eqn.primitive.name in operations.FLAT:
-                continue
-            if eqn.outvars[0] in self._chains:
-                root, slope = self._chains[eqn.outvars[0]]
-                first[eqn.outvars[0]] = slope * first[root].astype(slope.dtype)
-                continue
-            if (number, moved) not in self._rules:
-                self._rules[number, moved] = _DerivativeRule(self._jaxpr, eqn, ins, first)
-            new, second = self._rules[number, moved](ins, first)
-            first |= new
-            parts += [
-                jnp.sum(self._gradient[v] * x.astype(self._dtype))
-                for v, x in second.items()
-                if v in self._gradient
-            ]
-        for root, weight in self._weights.items():
-            if root in first:
-                parts.append(jnp.sum(weight * jnp.square(first[root].astype(self._dtype))))
-        return sum(parts, jnp.zeros_like(one))
-
-
-def _summed_like(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Sums over the axes along which an operation has copied entries of an array of that shape."""
-    if not shape:
-        return jnp.sum(x)
-    copied = tuple(i for i, (m, n) in enumerate(zip(x.shape, shape, strict=True)) if m != n)
-    return jnp.sum(x, copied, keepdims=True)
-
-
-def _gradient(
-    result: Any,
-    value: jax.Array,
-    backwards: Sequence[tuple[_OneEquation, Callable[..., Any], list[jax.Array]]],
-) -> Arrays:
-    """The derivatives of the result by every variable on the way to it."""
+    (value,) = interpret(closed, args, equation)
+    (result,) = closed.jaxpr.outvars
     found = {} if isinstance(result, jex.Literal) else {result: jnp.ones_like(value)}
     for one, pull_back, values in reversed(backwards):
-        if not any(v in found for v in one.outputs):
+        if any(v in found for v in one.outputs):
+            pairs = zip(one.outputs, values, strict=True)
+            (cotangents,) = pull_back([found.get(v, jnp.zeros_like(x)) for v, x in pairs])
+            for v, x in zip(one.inputs, cotangents, strict=True):
+                found[v] = found[v] + x if v in found else x
+    return value, {v: x.astype(value.dtype) for v, x in found.items()}, steps
+
+
+def _chained(
+    jaxpr: Any, gradient: Arrays, steps: Sequence[Step], moving: set[Any]
+) -> tuple[dict[Any, tuple[Any, jax.Array]], Arrays]:
+    """What is an elementwise function of one variable, its root: the root and the derivative by it.
+
+    And of each root the weights of the squares of its first derivative in the second one.
+    """
+    chains: dict[Any, tuple[Any, jax.Array]] = {}
+    weights: Arrays = {}
+    for eqn, ins in steps:
+        inputs = {eqn.invars[i]: ins[i] for i in places(eqn, moving)}
+        own = {v: chains.get(v, (v, jnp.ones_like(x))) for v, x in inputs.items()}
+        roots = {root for root, _ in own.values()}
+        if eqn.primitive.name not in operations.ELEMENTWISE or len(roots) != 1:
             continue
-        outs = [found.get(v, jnp.zeros_like(x)) for v, x in zip(one.outputs, values, strict=True)]
-        (cotangents,) = pull_back(outs)
-        for v, x in zip(one.inputs, cotangents, strict=True):
-            found[v] = found[v] + x if v in found else x
-    return {v: x.astype(value.dtype) for v, x in found.items()}
+        (root,), (v,) = roots, eqn.outvars
+        slopes = {v: slope for v, (_, slope) in own.items()}
+        first, second = _DerivativeRule(jaxpr, eqn, ins, slopes)(ins, slopes)
+        for slope in first.values():
+            chains[v] = root, slope
+        for bend in second.values() if v in gradient else ():
+            share = gradient[v] * bend.astype(gradient[v].dtype)
+            # Sums over the axes along which entries of the root were copied.
+            shape = root.aval.shape or (1,) * share.ndim
+            copied = [i for i, (m, n) in enumerate(zip(share.shape, shape, strict=True)) if m != n]
+            share = jnp.sum(share, copied, keepdims=True)
+            share = share if root.aval.shape else share.reshape(())
+            weights[root] = weights[root] + share if root in weights else share
+    return chains, weights

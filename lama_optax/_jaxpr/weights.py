@@ -16,7 +16,7 @@ Every use of a weight without a rule here gets the moved weight as an array.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,28 +26,8 @@ from lama_optax._jaxpr import operations
 from lama_optax._jaxpr.interpret import apply, interpret, source
 from lama_optax._jaxpr.operations import Product, Scan
 
-PyTree = Any
 # Up to this size a weight is moved for each example itself where no rule applies.
 _SMALL = 4096
-
-
-class Signs(NamedTuple):
-    """The signs that were drawn for one axis of a leaf."""
-
-    axis: int
-    values: jax.Array  # broadcasts to the weight as it is now
-
-    def along(self, axes: dict[int, int], like: jax.Array) -> jax.Array | None:
-        """Laid out to multiply ``like``, whose ``axes[i]`` is the weight's axis i; None: cannot."""
-        shape = self.values.shape
-        own = [i for i, n in enumerate(shape) if n > 1]
-        if any(i not in axes for i in own):
-            return None
-        own.sort(key=axes.__getitem__)
-        order = [i for i, n in enumerate(shape) if n == 1] + own
-        sizes = {axes[i]: shape[i] for i in own}
-        laid = jnp.transpose(self.values, order)
-        return laid.reshape([sizes.get(i, 1) for i in range(like.ndim)]).astype(like.dtype)
 
 
 @dataclasses.dataclass(eq=False)
@@ -84,7 +64,7 @@ class Weight:
     value: jax.Array
     probe: jax.Array  # shape and dtype of value
     scale: jax.Array  # t; a scalar, or broadcasts to the weight
-    signs: tuple[Signs, ...]
+    signs: dict[int, jax.Array]  # of axes of the leaf; each broadcasts to the weight as it is now
     record: Record
     has_mean: bool = True  # whether |h| may stand for what the probe gives
 
@@ -92,13 +72,13 @@ class Weight:
         """The weight as an array, for the use that ``why`` describes: large ones lose signs."""
         self.record.use(self.leaf)
         # A bias or a scale is no larger than the activation that it meets.
-        is_small = self.value.size <= max(_SMALL, *self.value.shape)
+        is_small = self.value.size <= max((_SMALL, *self.value.shape))
         moved = self.probe
-        for signs in self.signs:
+        for axis, signs in self.signs.items():
             if is_small:
-                moved = moved * signs.values.astype(moved.dtype)
+                moved = moved * signs.astype(moved.dtype)
             else:
-                self._drop(signs, why)
+                self._drop(axis, why)
         return self.value + self.scale.astype(moved.dtype) * moved
 
     def multiplied(self, product: Product, h: jax.Array, why: str) -> jax.Array | None:
@@ -118,16 +98,13 @@ class Weight:
             if self.leaf in self.record.moves:
                 return out + length * self.record.moves[self.leaf].astype(out.dtype)
         after = []
-        for signs in self.signs:
-            own = signs.along(product.to_activation, h)
-            if own is not None:
+        for axis, signs in self.signs.items():
+            if (own := _laid_out(signs, product.to_activation, h)) is not None:
                 h = h * own
-                continue
-            own = signs.along(product.to_output, out)
-            if own is None:
-                self._drop(signs, why)
-            else:
+            elif (own := _laid_out(signs, product.to_output, out)) is not None:
                 after.append(own)
+            else:
+                self._drop(axis, why)
         if length is None or self.leaf not in self.record.single:
             moved = product.perturb(h, self.probe)
         else:
@@ -135,7 +112,7 @@ class Weight:
         moved = functools.reduce(jnp.multiply, after, moved)
         return out + self.scale.reshape(()).astype(out.dtype) * moved
 
-    def laid_out(
+    def moved(
         self, change: Callable[[jax.Array], jax.Array], move: Callable[[jax.Array], jax.Array]
     ) -> "Weight":
         """The weight after ``change``, which lays it out as ``move`` does what broadcasts to it."""
@@ -144,7 +121,7 @@ class Weight:
             value=change(self.value),
             probe=change(self.probe),
             scale=move(self.scale) if self.scale.ndim else self.scale,
-            signs=tuple(Signs(axis, move(values)) for axis, values in self.signs),
+            signs={axis: move(signs) for axis, signs in self.signs.items()},
         )
 
     def scaled(self, change: Callable[[jax.Array], jax.Array]) -> "Weight | None":
@@ -166,27 +143,27 @@ class Weight:
         return dataclasses.replace(
             self,
             scale=stacked(self.scale),
-            signs=tuple(Signs(axis, stacked(values)) for axis, values in self.signs),
+            signs={axis: stacked(signs) for axis, signs in self.signs.items()},
             has_mean=False,
         )
 
-    def _drop(self, signs: Signs, why: str) -> None:
-        self.record.lost.setdefault(self.leaf, {}).setdefault(signs.axis, why)
+    def _drop(self, axis: int, why: str) -> None:
+        self.record.lost.setdefault(self.leaf, {}).setdefault(axis, why)
+
+
+def _laid_out(signs: jax.Array, axes: dict[int, int], like: jax.Array) -> jax.Array | None:
+    """Signs of a weight for an array whose axis ``axes[i]`` is the weight's i, or None."""
+    own = [i for i, n in enumerate(signs.shape) if n > 1]
+    if any(i not in axes for i in own):
+        return None
+    own.sort(key=axes.__getitem__)
+    ones = [i for i in range(signs.ndim) if i not in own]
+    sizes = {axes[i]: signs.shape[i] for i in own}
+    shape = [sizes.get(i, 1) for i in range(like.ndim)]
+    return jnp.transpose(signs, ones + own).reshape(shape).astype(like.dtype)
 
 
 Value = jax.Array | Weight
-
-
-def trace_example(fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, batch: PyTree) -> Any:
-    """The jaxpr of ``fn(params, example)`` for one example of a batch, and what it returns."""
-    found: list[Any] = []
-
-    # Inside of `jax.vmap` an example has the sharding that JAX gives it.
-    def traced(example: PyTree) -> None:
-        found.append(jax.make_jaxpr(fn)(params, example))
-
-    jax.eval_shape(jax.vmap(traced), batch)
-    return found[0]
 
 
 def evaluate(closed: Any, args: Sequence[Value]) -> list[jax.Array]:
@@ -233,7 +210,7 @@ def _used(jaxpr: Any, eqn: Any, ins: Sequence[Any], place: int, why: str) -> Val
     if product is not None:
         return weight.multiplied(product, ins[1 - place], why)
     if move is not None:
-        return weight.laid_out(change, move)
+        return weight.moved(change, move)
     return weight.scaled(change) if operations.scales(eqn, place) else None
 
 

@@ -153,7 +153,7 @@ def _evaluated(
     args: list[Value] = []
     for i, leaf in enumerate(jax.tree.leaves(params)):
         if i in followed:
-            args.append(Weight(i, leaf, leaf, jnp.zeros((), leaf.dtype), (), record))
+            args.append(Weight(i, leaf, leaf, jnp.zeros((), leaf.dtype), {}, record))
         else:
             args.append(leaf + moves[i])
     return evaluate(closed, [*args, *jax.tree.leaves(example)])[0]

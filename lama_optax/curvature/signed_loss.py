@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lama_optax._jaxpr.interpret import names_in
-from lama_optax._jaxpr.weights import Record, Signs, Weight, evaluate
+from lama_optax._jaxpr.weights import Record, Weight, evaluate
 from lama_optax.curvature.examples import trace_checked
 from lama_optax.curvature.probes import along_examples
 from lama_optax.curvature.protocol import (
@@ -135,12 +135,12 @@ class SignedLoss:
         for i, (leaf, v, scale, axes) in enumerate(
             zip(leaves, probes, scales, self._signed, strict=True)
         ):
-            own_signs = []
+            own_signs = {}
             for axis in axes if leaf.ndim else (0,):
                 shape = [n if j == axis else 1 for j, n in enumerate(leaf.shape)]
-                own_signs.append(Signs(axis, next(signs).reshape(shape).astype(leaf.dtype)))
+                own_signs[axis] = next(signs).reshape(shape).astype(leaf.dtype)
             has_mean = len(own_signs) >= leaf.ndim  # no signs were lost
-            weights.append(Weight(i, leaf, v, scale, tuple(own_signs), record, has_mean))
+            weights.append(Weight(i, leaf, v, scale, own_signs, record, has_mean))
         (value,) = evaluate(self.closed, [*weights, *jax.tree.leaves(example)])
         return value
 

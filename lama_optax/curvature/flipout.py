@@ -23,7 +23,7 @@ from lama_optax._jaxpr.second_derivatives import second_derivatives
 from lama_optax.curvature.examples import check_mean
 from lama_optax.curvature.hutchinson import hutchinson
 from lama_optax.curvature.probes import signs
-from lama_optax.curvature.protocol import LayerCurvature, has_custom_vjp
+from lama_optax.curvature.protocol import LayerCurvature, has_custom_vjp, standard_error
 from lama_optax.curvature.signed_loss import SignedLoss, example_signs
 from lama_optax.layers import Layers, LayerSpec, resolve_layers
 
@@ -184,17 +184,13 @@ def _balanced(updates: PyTree, layers: Layers) -> jax.Array:
 
 def _standard_error(samples: jax.Array, independent: list[bool]) -> jax.Array:
     """One standard error of the mean of samples (K, B, L), given the batch."""
-    num_probes, batch_size, num_layers = samples.shape
-    root = jnp.sqrt(jnp.asarray(num_probes * batch_size, samples.dtype))
-    if num_probes == 1:
-        within = jnp.std(samples[0], axis=0, ddof=1) / root
-        between = jnp.full((num_layers,), jnp.nan, samples.dtype)
+    between: Any = standard_error(jnp.mean(samples, axis=1))
+    if between is None:
+        between, variance = jnp.nan, jnp.var(samples[0], axis=0, ddof=1)
     else:
-        within = jnp.sqrt(jnp.mean(jnp.var(samples, axis=0, ddof=1), axis=0)) / root
-        between = jnp.std(jnp.mean(samples, axis=1), axis=0, ddof=1) / jnp.sqrt(
-            jnp.asarray(num_probes, samples.dtype)
-        )
-    return jnp.where(jnp.asarray(independent), within, between)
+        variance = jnp.mean(jnp.var(samples, axis=0, ddof=1), axis=0)
+    count = jnp.asarray(samples.shape[0] * samples.shape[1], samples.dtype)
+    return jnp.where(jnp.asarray(independent), jnp.sqrt(variance / count), between)
 
 
 def flipout(num_probes: int = 1, *, scope: str | None = None) -> _Flipout:

@@ -67,8 +67,8 @@ def test_all_functions_are_of_one_loss(x64, make, loss, weighted):
 
 
 @pytest.mark.parametrize("loss", TARGETS)
-def test_targets_are_drawn_from_the_predictive_distribution(x64, loss):
-    """Its gradient by the outputs has mean 0 and, as a Fisher matrix, the Hessian as covariance."""
+def test_sampled_losses_have_the_covariance_of_drawn_targets(x64, loss):
+    """Their gradient by the outputs has mean 0 and the Hessian as covariance, a Fisher matrix."""
     outputs = jnp.asarray([[0.5, -1.0, 2.0]])
     target = TARGETS[loss](jnp.zeros(1, jnp.int32), outputs)
     task = supervised(lambda p, x: p, jnp.zeros(1), target, loss=loss)

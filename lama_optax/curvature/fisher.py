@@ -1,12 +1,12 @@
 r"""The trace of every layer's Gauss-Newton block from one backward pass.
 
-Let z_i be the outputs for prediction i of n, J_i = dz_i / dtheta_l, and b_i random vectors, independent of
-each other, with mean 0 and the covariance d^2 l_i / dz_i^2. Then
+Let z_i be the outputs for prediction i of n, J_i = dz_i / dtheta_l, and b_i independent random
+vectors with mean 0 and the covariance d^2 l_i / dz_i^2. Then
 
     n |(1/n) sum_i J_i^T b_i|^2   has the mean   (1/n) sum_i tr(J_i^T (d^2 l_i / dz_i^2) J_i),
 
-because the cross terms have mean 0. Such b_i are dl_i/dz_i with targets drawn from the model's own
-predictive distribution (this is why the matrix is the Fisher matrix too), and those of `supervised`.
+because the cross terms have mean 0. Such b_i are those of `supervised`, and dl_i/dz_i of targets
+drawn from the model's own predictive distribution: so the matrix is the Fisher matrix too.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def fisher(num_samples: int = 1) -> _Fisher:
       \qquad J_{il} = \frac{\partial z_i}{\partial \theta_l}, \quad
       \mathbb{E}[b_i b_i^\top] = \nabla_z^2 \ell_i
 
-    The vectors :math:`b_i` are drawn independently with mean 0, so that the cross terms have mean 0.
+    The random vectors :math:`b_i` are independent and have mean 0, so that cross terms have mean 0.
     It needs no second derivative, no loss of one example and no memory beyond one gradient, so it
     works on whatever has a gradient: BatchNorm and dropout as they train, `jax.custom_vjp`, fused
     attention, any depth.

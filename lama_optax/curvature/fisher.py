@@ -18,11 +18,9 @@ import jax.numpy as jnp
 
 from lama_optax._checks import check_count
 from lama_optax._jaxpr.channels_last import channels_last
-from lama_optax._jaxpr.interpret import names_in
 from lama_optax.curvature.protocol import (
     LayerCurvature,
-    check_own_part,
-    check_visible,
+    operations_of_own_part,
     standard_error,
     unreduced,
 )
@@ -58,9 +56,7 @@ class _Fisher:
                 " Flax's own TrainState passes none on: take lama_optax.flax.TrainState. Got"
                 f" sampled_losses_fn={sampled_losses_fn!r}."
             )
-        check_visible("sampled_losses_fn", params)
-        closed = jax.make_jaxpr(sampled_losses_fn)(params, key)
-        check_own_part("sampled_losses_fn", closed)
+        operations = operations_of_own_part("sampled_losses_fn", sampled_losses_fn, params, key)
 
         def scaled_mean(p: PyTree, sample_key: jax.Array) -> jax.Array:
             losses, weights = unreduced("sampled_losses_fn", sampled_losses_fn(p, sample_key))
@@ -71,7 +67,7 @@ class _Fisher:
             losses = jnp.where(weights > 0, losses, 0)  # padding may hold anything
             return jnp.sum(jnp.sqrt(weights) * losses) / jnp.sqrt(jnp.sum(weights))
 
-        gradient_fn = channels_last(jax.grad(scaled_mean), names_in(closed))
+        gradient_fn = channels_last(jax.grad(scaled_mean), operations)
 
         def trace(sample_key: jax.Array) -> jax.Array:
             gradient = gradient_fn(params, sample_key)

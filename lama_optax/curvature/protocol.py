@@ -134,14 +134,21 @@ def check_visible(name: str, params: PyTree) -> None:
         )
 
 
-def check_own_part(name: str, closed: Any) -> None:
-    """Raises `ValueError` if the jaxpr of the function ``name`` speaks with other devices."""
+def operations_of_own_part(name: str, fn: Callable[..., Any], *args: PyTree) -> frozenset[str]:
+    """The names of all operations in the function ``name`` of params and what follows.
+
+    Raises:
+      ValueError: if it cannot be called here, or speaks with other devices.
+    """
+    check_visible(name, args[0])
+    closed = jax.make_jaxpr(fn)(*args)
     if holds_collective(closed):
         raise ValueError(
             f"{name} holds a collective (a psum or all_gather over a mapped axis):"
             " its devices' draws could not be told apart. Let it return the losses of this"
             " device's part of the batch, or train under jax.jit with sharded arrays."
         )
+    return names_in(closed)
 
 
 def unreduced(name: str, out: Any) -> tuple[jax.Array, jax.Array | None]:
@@ -196,28 +203,25 @@ def scalar_objective(
                 " leave it out: it hides the layers."
             )
             raise
-        if has_aux:
-            if not isinstance(value, tuple) or len(value) != 2:
-                raise ValueError(
-                    f"value_fn must return (value, aux) with has_aux=True; got {type(value)}."
-                )
-            value = value[0]
-        elif isinstance(value, tuple):
+        if has_aux and not (isinstance(value, tuple) and len(value) == 2):
+            raise ValueError(
+                f"value_fn must return (value, aux) with has_aux=True; got {type(value)}."
+            )
+        if isinstance(value, tuple) and not has_aux:
             raise ValueError(
                 "value_fn must return a scalar; it returned a tuple. If that is (value, aux), use"
                 " has_aux=True, for instance estimator=hutchinson(has_aux=True)."
             )
-        if not jax.tree_util.all_leaves([value]):
-            raise ValueError(
-                f"value_fn must return a real floating-point scalar; got {type(value)}."
-            )
-        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            raise ValueError(
-                "value_fn must return a real floating-point scalar; got shape"
-                f" {jnp.shape(value)} and dtype {jnp.result_type(value)}. Reduce the loss over the"
-                " batch, for instance with jnp.mean."
-            )
-        return jnp.asarray(value)
+        value = value[0] if has_aux else value
+        found = f"{type(value)}"
+        if jax.tree_util.all_leaves([value]):
+            found = f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
+            if jnp.shape(value) == () and jnp.issubdtype(jnp.result_type(value), jnp.floating):
+                return jnp.asarray(value)
+        raise ValueError(
+            f"value_fn must return a real floating-point scalar; got {found}. Reduce the loss over"
+            " the batch, for instance with jnp.mean."
+        )
 
     return objective
 

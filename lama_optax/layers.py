@@ -34,19 +34,14 @@ class Layers:
     dtype: np.dtype  # of every (L,) array: float32, or float64 where a leaf is
 
     def sum(self, tree: PyTree) -> jax.Array:
-        """Sums all entries of ``tree`` (shaped like the parameters) per layer, shape (L,).
-
-        Leaf by leaf instead of one scatter: scatters refuse operands sharded over a mesh with
-        explicit axis types, and sums of half-precision leaves are taken in `dtype`.
-        """
+        """Sums all entries of ``tree`` (shaped like the parameters) per layer, shape (L,)."""
+        # Leaf by leaf: a scatter refuses what is sharded over a mesh with explicit axes.
         totals: dict[int, jax.Array] = {}
         for layer, depth, leaf in zip(
             self.leaf_layer, self.leaf_depth, jax.tree.leaves(tree), strict=True
         ):
             axes = None if depth is None else tuple(range(1, leaf.ndim))
-            total = jnp.sum(leaf, axis=axes, dtype=self.dtype).reshape(
-                1 if depth is None else depth
-            )
+            total = jnp.atleast_1d(jnp.sum(leaf, axis=axes, dtype=self.dtype))
             totals[layer] = totals[layer] + total if layer in totals else total
         parts = [totals[layer] for layer in sorted(totals)]
         return jnp.concatenate(parts) if parts else jnp.zeros((0,), self.dtype)
@@ -119,11 +114,7 @@ def check_layers(layers: LayerSpec) -> None:
 
 
 def resolve_layers(layers: LayerSpec, params: PyTree) -> Layers:
-    """Assigns each leaf of ``params`` to a layer; those hidden by optax (`MaskedNode`) to none.
-
-    Raises:
-      ValueError: if a leaf is not real floating point, or if ``layers`` do not fit ``params``.
-    """
+    """Assigns each leaf of ``params`` to a layer; those hidden by optax (`MaskedNode`) to none."""
     paths_and_leaves = jax.tree.leaves_with_path(params)
     leaves = [leaf for _, leaf in paths_and_leaves]
     check_floating(paths_and_leaves)
@@ -210,11 +201,7 @@ def is_masked(node: Any) -> bool:
 
 
 def match_to_params(name: str, tree: PyTree, params: PyTree) -> list[Any]:
-    """Broadcasts ``tree``, shaped like ``params`` or a prefix of it, to the leaves of ``params``.
-
-    Raises:
-      ValueError: naming the argument ``name``, if the two do not fit.
-    """
+    """The entry of ``tree``, shaped like ``params`` or a prefix of it, for each leaf of these."""
     try:
         full = jax.tree.broadcast(_hide_masked(tree, params), params, is_leaf=is_masked)
         matched = jax.tree.leaves(full, is_leaf=is_masked)

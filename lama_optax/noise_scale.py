@@ -82,17 +82,16 @@ def track_noise_scale(
     others, s and m are averaged after division by a quick average of :math:`\lVert g \rVert^2` over
     the estimates before. (By their own it would bias the ratio where B is small.)
 
-    Place it first in a chain: it needs the gradient as it is. One that clipping or a learning rate
-    has made smaller makes the noise scale too large or not known. Under BatchNorm signs measure
-    total derivatives, through the whole batch's statistics; each group has its own.
+    Place it first in a chain: of a gradient that clipping or a learning rate has made smaller the
+    noise scale is too large or not known. Under BatchNorm signs measure total derivatives, through
+    the whole batch's statistics; each group has its own.
 
     Args:
       layers: what one layer is, see `layer_names`.
       update_interval: estimate by signs at every n-th step, from the first. Groups are averaged at
         every step, whatever it is.
-      decay: d, decay of the bias-corrected moving average over the estimates, in [0, 1). The noise
-        scale grows while gradients shrink, and an average over the last ``1 / (1 - d)`` estimates
-        lags behind it. 0 keeps the last estimate alone, of which nothing is known.
+      decay: d, decay of the bias-corrected moving average over the estimates, in [0, 1), which
+        lags behind by ``1 / (1 - d)`` of them. 0 keeps the last alone, of which nothing is known.
       axis_name: name of the mapped axis inside `jax.shard_map` or `jax.pmap`. Each device then
         draws signs of its own, or passes its own groups, one or more; updates are the mean over
         all, and L + 1 numbers travel. Plain `jit` over sharded arrays needs none.

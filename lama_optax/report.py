@@ -106,9 +106,8 @@ def noise_report(
       method, "at_least": ..., "at_most": ...}``, as Python numbers, for `json.dumps`. The last two
       are the ends of Fieller's 95 % interval for a ratio. What is not known is None: ``at_most``
       where :math:`\lVert G \rVert^2` may be 0, ``at_least`` where :math:`\operatorname{tr}(\Sigma)`
-      may be, the other two where either may; all of them before the third estimate. With ``flat``:
-      ``{"noise_scale/total": ..., "noise_scale_std_error/total": ..., "noise_scale_at_least/...":
-      ..., "noise_scale_at_most/...": ...}``, without what is not known. Call it outside `jax.jit`.
+      may be, the other two where either may; all of them before the third estimate. With ``flat``,
+      without these: ``{"noise_scale/total": ..., "noise_scale_at_least/total": ...}``.
 
     Raises:
       ValueError: if ``opt_state`` does not hold one such state, or ``layers`` do not fit it.

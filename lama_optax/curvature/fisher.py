@@ -1,13 +1,4 @@
-r"""The trace of every layer's Gauss-Newton block from one backward pass.
-
-Let z_i be the outputs for prediction i of n, J_i = dz_i / dtheta_l, and b_i independent random
-vectors with mean 0 and the covariance d^2 l_i / dz_i^2. Then
-
-    n |(1/n) sum_i J_i^T b_i|^2   has the mean   (1/n) sum_i tr(J_i^T (d^2 l_i / dz_i^2) J_i),
-
-because the cross terms have mean 0. Such b_i are those of `supervised`, and dl_i/dz_i of targets
-drawn from the model's own predictive distribution: so the matrix is the Fisher matrix too.
-"""
+"""The trace of every layer's Gauss-Newton block from one backward pass."""
 
 import dataclasses
 from collections.abc import Callable
@@ -92,9 +83,10 @@ def fisher(num_samples: int = 1) -> _Fisher:
       \mathbb{E}[b_i b_i^\top] = \nabla_z^2 \ell_i
 
     The random vectors :math:`b_i` are independent and have mean 0, so that cross terms have mean 0.
-    It needs no second derivative, no loss of one example and no memory beyond one gradient, so it
-    works on whatever has a gradient: BatchNorm and dropout as they train, `jax.custom_vjp`, fused
-    attention, any depth.
+    Such are those of `supervised`, and :math:`\nabla_z \ell(z_i, y_i)` with targets y drawn from
+    the model's own predictive distribution: so it is the Fisher matrix too. It needs no second
+    derivative, no loss of one example and no memory beyond one gradient, so it works on whatever
+    has a gradient: BatchNorm and dropout as they train, `jax.custom_vjp`, fused attention.
 
     It estimates the Gauss-Newton matrix, which is never negative. That is the Hessian where the
     residuals' part :math:`\sum_i \partial_z \ell_i \cdot \nabla_\theta^2 z_i` vanishes: for outputs
@@ -111,10 +103,9 @@ def fisher(num_samples: int = 1) -> _Fisher:
     Returns:
       An estimator that needs ``sampled_losses_fn(params, key)`` by keyword: a loss for each
       prediction, not reduced, whose gradient in the outputs is :math:`b_i`. `supervised` makes it
-      for the usual losses. For another loss :math:`-\log p(y \mid z)` return the losses of targets
-      that ``key`` draws from the predictive distribution at ``params`` (by `jax.lax.stop_gradient`
-      of the outputs). For padding or weights w return ``(losses, weights)``; it stands for the loss
-      sum(w l) / sum(w).
+      for the usual losses; for another return the losses of targets that ``key`` draws (by
+      `jax.lax.stop_gradient` of the outputs). For padding or weights w return ``(losses,
+      weights)``; it stands for the loss sum(w l) / sum(w).
 
     Raises:
       ValueError: naming the argument, its value and what is allowed.

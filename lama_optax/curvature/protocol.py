@@ -27,15 +27,11 @@ class LayerCurvature(NamedTuple):
     ) -> "LayerCurvature":
         """From each layer's trace, shape (L,), and the trace's standard error, None if unknown."""
         mean = layers.average(trace)
-        if std_error is None:
-            # From numpy: `jax.debug_nans` looks for NaN in what JAX computes.
-            error = jnp.asarray(np.full(mean.shape, np.nan, mean.dtype))
-        else:
-            error = layers.average(std_error)
-        fits = max(layers.sizes, default=0) < 2**31
-        dtype = jnp.int32 if fits else layers.dtype
-        size = jnp.asarray(np.asarray(layers.sizes, np.int64 if fits else np.float64), dtype)
-        return cls(mean, error, size)
+        # From numpy: `jax.debug_nans` looks for NaN in what JAX computes.
+        unknown = jnp.asarray(np.full(mean.shape, np.nan, mean.dtype))
+        dtype = np.int32 if max(layers.sizes, default=0) < 2**31 else layers.dtype
+        size = jnp.asarray(np.asarray(layers.sizes, dtype))
+        return cls(mean, unknown if std_error is None else layers.average(std_error), size)
 
 
 @runtime_checkable
@@ -55,8 +51,8 @@ class Estimator(Protocol):
           key: PRNG key for this estimate alone.
           params: pytree of real floating-point arrays.
           layers: the partition of its leaves.
-          **extra_args: what the caller of ``update`` passed, and ``updates``, what the optimizer
-            was given to rescale; an estimator names what it needs and ignores the rest.
+          **extra_args: what ``update`` was passed, and its ``updates``; an estimator names what it
+            needs and ignores the rest.
         """
         ...
 
@@ -71,18 +67,14 @@ def check_estimator(estimator: Any) -> None:
 
 
 def as_typed_key(key: int | jax.Array) -> jax.Array:
-    """A typed PRNG key from a seed, raw key data or a typed key.
-
-    Raises:
-      ValueError: if ``key`` is none of these, or several keys.
-    """
+    """A typed PRNG key from a seed, raw key data or a typed key."""
     if isinstance(key, int | np.integer | np.ndarray | jax.Array) and not isinstance(key, bool):
         dtype, shape = jnp.result_type(key), jnp.shape(key)
-        if jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
+        if shape == () and jnp.issubdtype(dtype, jax.dtypes.prng_key):
             return jnp.asarray(key)
-        if jnp.issubdtype(dtype, jnp.integer) and shape == ():
+        if shape == () and jnp.issubdtype(dtype, jnp.integer):
             return jax.random.key(key)
-        if dtype == jnp.uint32 and len(shape) == 1:
+        if len(shape) == 1 and dtype == jnp.uint32:
             return jax.random.wrap_key_data(jnp.asarray(key))
     raise ValueError(
         f"key must be an integer seed, one typed PRNG key or the raw data of one; got {key!r}."
@@ -98,11 +90,7 @@ def standard_error(samples: jax.Array) -> jax.Array | None:
 
 
 def check_batch(batch: PyTree) -> int:
-    """The number of examples along the leading axis of all arrays of ``batch``.
-
-    Raises:
-      ValueError: if they differ or there are none.
-    """
+    """The number of examples along the leading axis of all arrays of ``batch``."""
     lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
     if len(lengths) != 1 or lengths & {(), (0,)}:
         raise ValueError(
@@ -135,11 +123,7 @@ def check_visible(name: str, params: PyTree) -> None:
 
 
 def operations_of_own_part(name: str, fn: Callable[..., Any], *args: PyTree) -> frozenset[str]:
-    """The names of all operations in the function ``name`` of params and what follows.
-
-    Raises:
-      ValueError: if it cannot be called here, or speaks with other devices.
-    """
+    """The names of all operations in the function ``name`` of params and what follows."""
     check_visible(name, args[0])
     closed = jax.make_jaxpr(fn)(*args)
     if holds_collective(closed):
@@ -152,11 +136,7 @@ def operations_of_own_part(name: str, fn: Callable[..., Any], *args: PyTree) -> 
 
 
 def unreduced(name: str, out: Any) -> tuple[jax.Array, jax.Array | None]:
-    """The losses and the weights, None for equal ones, that the function ``name`` returned.
-
-    Raises:
-      ValueError: if they are not what a function of losses, not reduced, returns.
-    """
+    """The losses and the weights, None for equal ones, that the function ``name`` returned."""
     losses, weights = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
     shape, is_array = jnp.shape(losses), jax.tree_util.all_leaves([losses])
     if not is_array or not shape or not jnp.issubdtype(jnp.result_type(losses), jnp.floating):
@@ -174,12 +154,7 @@ def unreduced(name: str, out: Any) -> tuple[jax.Array, jax.Array | None]:
 def scalar_objective(
     value_fn: Callable[[PyTree], Any] | None, params: PyTree, has_aux: bool
 ) -> Callable[[PyTree], jax.Array]:
-    """Checks ``value_fn`` and drops its auxiliary output.
-
-    Raises:
-      ValueError: if ``value_fn`` is missing or returns no real scalar, or if ``params`` are
-        partly hidden, so that ``value_fn`` could not be evaluated on them.
-    """
+    """``value_fn``, checked and without its auxiliary output."""
     if value_fn is None:
         raise ValueError(
             "value_fn is missing: the curvature is estimated from it. Pass the loss as a function"
@@ -239,11 +214,7 @@ def has_custom_vjp(primitives: frozenset[str]) -> bool:
 def check_twice_differentiable(
     objective: Callable[[PyTree], jax.Array], params: PyTree, primitives: frozenset[str]
 ) -> None:
-    """Raises `ValueError` if a `jax.custom_vjp` in ``objective`` has no second derivative.
-
-    JAX finds that out when it compiles, far from here, so a loss that holds a `jax.custom_vjp` is
-    differentiated once more in the abstract.
-    """
+    """Raises `ValueError` where JAX would, far from here: a custom_vjp without a derivative."""
     if not has_custom_vjp(primitives):
         return
 

@@ -1,20 +1,8 @@
 """The documents' equations as pure functions of arrays, in the documents' order.
 
-Document 1, LAMA-Adam: Eqs. (1) and (6) are one function, since (1) is (6) with
-``alpha = 1``; Eq. (7) is `lama_optax.hutchinson`, Eq. (8) is `lama_optax.Layers.average`.
-
-    m     = (alpha b1) m + (1 - b1) g                        Eqs. 1, 6
-    v     = b2 v + (1 - b2) g^2                              Eq. 2
-    m_hat = m / (1 - b1^t),  v_hat = v / (1 - b2^t)          Eqs. 3, 4
-    step  = m_hat / (sqrt(v_hat) + eps)                      Eq. 5
-    H     = trace / N                                        Eq. 8
-    alpha = alpha_min + (alpha_max - alpha_min) sigmoid(lambda H)   Eq. 9
-
-Document 2, LAM: v = (1 - beta) g^2 + beta v, step = g / (sqrt(v) + eps).
-
-Every function works on arrays of one floating dtype and any (broadcastable) shape;
-hyper-parameters are Python numbers or scalar arrays. The terms stand in the order in
-which `optax.scale_by_adam` adds them, so that equal arithmetic gives equal bits.
+Eq. (7) is `lama_optax.hutchinson`, Eq. (8) is `lama_optax.Layers.average`. Arrays have one floating
+dtype and any (broadcastable) shape; hyper-parameters are Python numbers or scalar arrays. The terms
+stand in the order in which `optax.scale_by_adam` adds them: equal arithmetic gives equal bits.
 """
 
 import functools
@@ -71,11 +59,7 @@ def momentum_factor(
 
 
 def lam_accumulator(accumulator: jax.Array, squared_grad: jax.Array, decay: Scalar) -> jax.Array:
-    """LAM, document 2: ``v = (1 - beta) g^2 + beta v``.
-
-    ``squared_grad`` is ``g^2`` for one accumulator per weight, and the layer's mean of it
-    for one per layer (Properties 1 and 4).
-    """
+    """LAM, document 2: ``v = (1 - beta) g^2 + beta v``; per layer of the mean g^2 (Property 4)."""
     return (1 - decay) * squared_grad + decay * accumulator
 
 

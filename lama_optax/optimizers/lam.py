@@ -1,10 +1,4 @@
-"""LAM without the learning rate: RMS scaling by weight or by layer (document 2).
-
-    v = (1 - beta) g^2 + beta v,   step = g / (sqrt(v) + eps)
-
-Per weight, v is an array like the gradient; per layer it is one number, fed with the mean
-squared gradient of the layer (Properties 1 and 4).
-"""
+"""LAM without the learning rate: RMS scaling by weight or by layer (document 2)."""
 
 from typing import Any, NamedTuple
 

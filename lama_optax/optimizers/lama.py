@@ -1,8 +1,4 @@
-"""LAMA-Adam without the learning rate: Adam whose momentum follows each layer's curvature.
-
-One call of ``update``: estimate H_l for every layer (Eqs. 7, 8), turn it into a factor alpha_l
-(Eq. 9), use alpha_l b1 as the layer's momentum (Eq. 6), finish as Adam does (Eqs. 2 to 5).
-"""
+"""LAMA-Adam without the learning rate: Adam whose momentum follows each layer's curvature."""
 
 import functools
 from typing import Any, NamedTuple
@@ -48,11 +44,6 @@ class LamaState(NamedTuple):
     def curvature(self) -> jax.Array:
         """H_l of Eq. 8, shape (L,)."""
         return self.tracker.curvature
-
-    @property
-    def std_error(self) -> jax.Array:
-        """One standard error of ``curvature``, shape (L,); NaN while it cannot be known."""
-        return self.tracker.std_error
 
     @property
     def rejected(self) -> jax.Array:

@@ -211,10 +211,7 @@ def _by_signs(
     operations = operations_of_own_part("losses_fn", losses_fn, params)
 
     def signed_sum(p: PyTree) -> tuple[jax.Array, jax.Array]:
-        losses, weights = unreduced("losses_fn", losses_fn(p))
-        weights = jnp.ones_like(losses) if weights is None else weights
-        weights = jax.lax.stop_gradient(weights.astype(layers.dtype))
-        losses = jnp.where(weights > 0, losses.astype(layers.dtype), 0)  # padding may hold anything
+        losses, weights = unreduced("losses_fn", losses_fn(p), layers.dtype)
         axes = tuple(range(1, losses.ndim))
         signs = jax.random.rademacher(key, losses.shape[:1], layers.dtype)
         return jnp.sum(signs * jnp.sum(weights * losses, axes)), jnp.sum(weights, axes)

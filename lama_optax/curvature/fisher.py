@@ -50,12 +50,8 @@ class _Fisher:
         operations = operations_of_own_part("sampled_losses_fn", sampled_losses_fn, params, key)
 
         def scaled_mean(p: PyTree, sample_key: jax.Array) -> jax.Array:
-            losses, weights = unreduced("sampled_losses_fn", sampled_losses_fn(p, sample_key))
-            losses = losses.astype(layers.dtype)
-            if weights is None:
-                return jnp.sum(losses) / losses.size**0.5
-            weights = jax.lax.stop_gradient(weights.astype(layers.dtype))
-            losses = jnp.where(weights > 0, losses, 0)  # padding may hold anything
+            out = sampled_losses_fn(p, sample_key)
+            losses, weights = unreduced("sampled_losses_fn", out, layers.dtype)
             return jnp.sum(jnp.sqrt(weights) * losses) / jnp.sqrt(jnp.sum(weights))
 
         gradient_fn = channels_last(jax.grad(scaled_mean), operations)

@@ -135,8 +135,8 @@ def operations_of_own_part(name: str, fn: Callable[..., Any], *args: PyTree) -> 
     return names_in(closed)
 
 
-def unreduced(name: str, out: Any) -> tuple[jax.Array, jax.Array | None]:
-    """The losses and the weights, None for equal ones, that the function ``name`` returned."""
+def unreduced(name: str, out: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """The losses and the weights that the function ``name`` returned, in ``dtype``."""
     losses, weights = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
     shape, is_array = jnp.shape(losses), jax.tree_util.all_leaves([losses])
     if not is_array or not shape or not jnp.issubdtype(jnp.result_type(losses), jnp.floating):
@@ -148,7 +148,11 @@ def unreduced(name: str, out: Any) -> tuple[jax.Array, jax.Array | None]:
         raise ValueError(
             f"{name} must return weights of the losses' shape {shape}; got {jnp.shape(weights)}."
         )
-    return jnp.asarray(losses), None if weights is None else jnp.asarray(weights)
+    losses = jnp.asarray(losses, dtype)
+    if weights is None:
+        return losses, jnp.ones_like(losses)
+    weights = jax.lax.stop_gradient(jnp.asarray(weights, dtype))
+    return jnp.where(weights > 0, losses, 0), weights  # padding may hold anything
 
 
 def scalar_objective(

@@ -12,10 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 def check_number(
     name: str, value: Any, allowed: str, *, low: float = -np.inf, high: float = np.inf
 ) -> None:
-    """Raises `ValueError` unless ``value`` is a finite number in ``[low, high)``.
-
-    A traced array passes: its value is not known yet (`optax.inject_hyperparams`).
-    """
+    """Raises `ValueError` unless ``value`` is traced or a finite number in ``[low, high)``."""
     if high == 1 and isinstance(value, jax.Array) and value.dtype.itemsize < 4:
         raise ValueError(
             f"{name} came as {value.dtype}, which rounds decays such as 0.999 to 1. Pass"
@@ -115,8 +112,5 @@ def wide_dtype(leaf: jax.Array) -> np.dtype:
 
 
 def as_scalar(x: ArrayLike, dtype: DTypeLike) -> float | jax.Array:
-    """A hyper-parameter in ``dtype``.
-
-    A plain number stays one: its dtype is weak, and ``1 - b`` is then taken in double precision.
-    """
+    """A hyper-parameter in ``dtype``; a plain number stays one, whose ``1 - b`` is a double's."""
     return float(x) if isinstance(x, int | float) else jnp.asarray(x, dtype)

@@ -46,19 +46,18 @@ class Layers:
         parts = [totals[layer] for layer in sorted(totals)]
         return jnp.concatenate(parts) if parts else jnp.zeros((0,), self.dtype)
 
-    def spread(self, values: Sequence[jax.Array] | jax.Array, tree: PyTree) -> PyTree:
+    def spread(self, values: jax.Array, tree: PyTree) -> PyTree:
         """Gives each leaf of ``tree`` its layer's entry of ``values`` (L,), as a scalar.
 
-        A leaf of several layers gets its entries as an array of shape (depth, 1, ...). They have
-        the dtype of the leaf's arithmetic, or are booleans if ``values`` are.
+        A leaf of several layers gets an array of shape (depth, 1, ...). The dtype is that of the
+        leaf's arithmetic; booleans stay so.
         """
         leaves, treedef = jax.tree.flatten(tree)
 
         def entry(layer: int, depth: int | None, leaf: jax.Array) -> jax.Array:
-            own = jnp.asarray(values[layer])
+            own = values[layer]
             if depth is not None:
-                own = jnp.asarray(values[layer : layer + depth])
-                own = own.reshape(depth, *[1] * (leaf.ndim - 1))
+                own = values[layer : layer + depth].reshape(depth, *[1] * (leaf.ndim - 1))
             return own if own.dtype == jnp.bool_ else own.astype(wide_dtype(leaf))
 
         entries = map(entry, self.leaf_layer, self.leaf_depth, leaves)
@@ -252,17 +251,14 @@ def _labels(layers: LayerSpec, params: PyTree) -> Sequence[Hashable]:
             " optax.inject_hyperparams(lama_adam, static_args='layers')(..., layers=function)."
         )
     matched = match_to_params("layers", labels, params)
-    for label in matched:
-        if not isinstance(label, str | int | np.integer):
-            raise ValueError(f"layers must hold strings or integers as labels; got {label!r}.")
+    wrong = [label for label in matched if not isinstance(label, str | int | np.integer)]
+    if wrong:
+        raise ValueError(f"layers must hold strings or integers as labels; got {wrong[0]!r}.")
     return matched
 
 
 def _open_boxes(paths: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Drops the last key where it only unwraps a box (`nnx.Variable`, `nn.Partitioned`).
-
-    Such a box has one child, the attribute ``value``; it is no module.
-    """
+    """Drops the last key, ``value``, where it unwraps a box (`nnx.Variable`, `nn.Partitioned`)."""
     siblings = collections.Counter(path[:-1] for path in paths)
     box = jax.tree_util.GetAttrKey("value")
     return [

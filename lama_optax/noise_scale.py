@@ -19,13 +19,10 @@ PyTree = Any
 
 
 class NoiseScaleState(NamedTuple):
-    """State of `track_noise_scale`: of L layers, in the order of `layer_names`, and their total.
+    """State of `track_noise_scale`: of L layers, in the order of `layer_names`, and their total."""
 
-    All of it is finite. Dtypes are float32, or float64 where a parameter is.
-    """
-
-    # shape=(), dtype=int32; updates made. The name is optax's; it hides tuple.count.
-    count: jax.Array  # type: ignore[assignment]
+    # All of it is finite: float32, or float64 where a parameter is.
+    count: jax.Array  # type: ignore[assignment] # shape=(), dtype=int32; updates made
     mean: jax.Array  # shape=(2, L + 1); averages of tr(Sigma) / scale and of |G|^2 / scale
     spread: jax.Array  # shape=(2, 2, L + 1); weighted covariance of the estimates in them
     weight: jax.Array  # shape=(L + 1,); sum of the averages' weights, 0 before an estimate

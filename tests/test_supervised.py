@@ -83,6 +83,17 @@ def test_sampled_losses_have_the_covariance_of_drawn_targets(x64, loss):
     np.testing.assert_allclose(draws.T @ draws / len(draws), hessian, atol=0.08)
 
 
+def test_sampled_losses_where_a_class_is_masked():
+    outputs = jnp.asarray([[0.5, -jnp.inf, 2.0]])
+    task = supervised(lambda p, x: p, jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    draw = jax.value_and_grad(lambda z, key: jnp.sum(task["sampled_losses_fn"](z, key)))
+    for seed in range(4):  # signs that differ let the other two have gradients
+        value, gradient = draw(outputs, jax.random.key(seed))
+        assert jnp.isfinite(value)
+        assert gradient[0, 1] == 0
+        assert float(gradient[0, 0]) == pytest.approx(-float(gradient[0, 2]), abs=1e-7)
+
+
 def test_a_change_of_estimator_changes_one_word():
     """All five in one script; where the Hessian is the Gauss-Newton matrix they agree."""
     rng = np.random.default_rng(0)

@@ -36,11 +36,7 @@ class LayerCurvature(NamedTuple):
 
 @runtime_checkable
 class Estimator(Protocol):
-    """A record of settings with one method; never itself callable.
-
-    `optax.inject_hyperparams` takes every callable argument for a schedule and every number for
-    an array: settings that must be static live inside the record.
-    """
+    """A record of static settings with one method; never itself callable, as a schedule is."""
 
     def estimate(
         self, key: jax.Array, params: PyTree, layers: Layers, /, **extra_args: Any
@@ -101,10 +97,7 @@ def check_batch(batch: PyTree) -> int:
 
 
 def of_each_device(tree: PyTree, like: PyTree) -> PyTree:
-    """``tree``, which in `jax.shard_map` may differ between devices if an array of ``like`` may.
-
-    JAX sums a derivative by what all devices share over them; an example's is its device's own.
-    """
+    """``tree``, but no longer shared by the devices: JAX sums derivatives by what is over them."""
     numbers = [x for x in jax.tree.leaves(like) if jnp.isdtype(x.dtype, ("numeric", "bool"))]
     zero = sum((jnp.zeros_like(jnp.sum(x), jnp.float32) for x in numbers), jnp.float32(0))
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)

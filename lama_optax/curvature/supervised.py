@@ -311,13 +311,9 @@ def grouped_value_and_grad(
                 f" {num_examples} examples."
             )
         groups = jax.tree.map(lambda x: x.reshape(num_groups, -1, *x.shape[1:]), batch)
-        for x in jax.tree.leaves(batch):
-            if jnp.issubdtype(x.dtype, jnp.number):  # or JAX would sum gradients over the devices
-                params = of_each_device(params, x)
-                break
-        found, grads = jax.vmap(jax.value_and_grad(loss_fn, has_aux=has_aux), (None, 0))(
-            params, groups
-        )
+        own_params = of_each_device(params, batch)
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=has_aux)
+        found, grads = jax.vmap(grad_fn, (None, 0))(own_params, groups)
         value = (jnp.mean(found[0]), found[1]) if has_aux else jnp.mean(found)
         return value, jax.tree.map(lambda g: jnp.mean(g, axis=0), grads), grads
 

@@ -23,8 +23,7 @@ PyTree = Any
 class CurvatureState(NamedTuple):
     """State of `track_curvature`; L layers in the order of `layer_names`. All of it is finite."""
 
-    # shape=(), dtype=int32; updates made. The name is optax's; it hides tuple.count.
-    count: jax.Array  # type: ignore[assignment]
+    count: jax.Array  # type: ignore[assignment] # shape=(), dtype=int32; updates made
     curvature: jax.Array  # shape=(L,), float32 (float64 where a parameter is); the average of H_l
     spread: jax.Array  # shape=(L,), same dtype; weighted variance of the estimates in it
     weight: jax.Array  # shape=(L,), same dtype; sum of the average's weights, 0 before an estimate
@@ -39,10 +38,7 @@ class CurvatureState(NamedTuple):
 
     @property
     def std_error(self) -> jax.Array:
-        """One standard error of ``curvature``, shape (L,); NaN while it cannot be known.
-
-        It is computed here and not kept, so that no NaN is in the state.
-        """
+        """One standard error of ``curvature``, shape (L,); NaN while it cannot be known."""
         factor, known = widened_share(self.average)
         # From numpy: `jax.debug_nans` looks for NaN in what JAX computes.
         unknown = np.full(known.shape, np.nan, factor.dtype)
@@ -175,9 +171,8 @@ def _of_this_device(
 ) -> tuple[PyTree, jax.Array, dict[str, Any]]:
     """What one device of a mapped axis estimates from: its part of the batch, its own draws.
 
-    The mean over devices of their losses' curvatures is the whole loss's, so that only L numbers
-    travel. A ``value_fn`` that itself sums over the devices is one function of all: then all
-    take the same draws, and the mean over devices makes their losses one.
+    A ``value_fn`` that itself sums over the devices is one function of all: then all take the same
+    draws, and the mean over devices makes their losses one.
     """
     axis_name, value_fn = interval.axis_name, extra_args.get("value_fn")
     if (

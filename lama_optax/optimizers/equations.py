@@ -31,31 +31,23 @@ def second_moment(moment: jax.Array, grad: jax.Array, b2: Scalar) -> jax.Array:
 
 @functools.partial(jax.jit, inline=True)
 def bias_corrected(moments: PyTree, decay: Scalar, count: jax.Array) -> PyTree:
-    """Eq. (3) and Eq. (4): ``moment / (1 - decay^t)`` after ``t`` steps, for a tree of moments.
-
-    `optax.tree.bias_correction` to the bit; that function needs implicit dtype promotion.
-    """
+    """Eq. (3) and Eq. (4): ``moment / (1 - decay^t)`` after ``t`` steps, for a tree of moments."""
+    # `optax.tree.bias_correction` to the bit; that function needs implicit dtype promotion.
     divisor = 1 - jax.lax.pow(jnp.asarray(decay), count)
     return jax.tree.map(lambda moment: moment / divisor.astype(moment.dtype), moments)
 
 
 def adam_step(m_hat: jax.Array, v_hat: jax.Array, eps: Scalar, eps_root: Scalar = 0.0) -> jax.Array:
-    """Eq. (5) without the learning rate: ``m_hat / (sqrt(v_hat) + eps)``.
-
-    The document has no ``eps_root``; as in `optax.adam` it is added under the root.
-    """
+    """Eq. (5) without the learning rate: ``m_hat / (sqrt(v_hat) + eps)``; `optax.adam`'s root."""
     return m_hat / (jnp.sqrt(v_hat + eps_root) + eps)
 
 
 def momentum_factor(
     curvature: jax.Array, alpha_min: Scalar, alpha_max: Scalar, sensitivity: Scalar
 ) -> jax.Array:
-    """Eq. (9): ``alpha = alpha_min + (alpha_max - alpha_min) sigmoid(lambda H)``.
-
-    The clip changes nothing in exact arithmetic; it keeps rounding inside the range.
-    """
+    """Eq. (9): ``alpha = alpha_min + (alpha_max - alpha_min) sigmoid(lambda H)``."""
     alpha = alpha_min + (alpha_max - alpha_min) * jax.nn.sigmoid(sensitivity * curvature)
-    return jnp.clip(alpha, alpha_min, alpha_max)
+    return jnp.clip(alpha, alpha_min, alpha_max)  # against rounding
 
 
 def lam_accumulator(accumulator: jax.Array, squared_grad: jax.Array, decay: Scalar) -> jax.Array:

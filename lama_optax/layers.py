@@ -201,29 +201,22 @@ def is_masked(node: Any) -> bool:
 
 def match_to_params(name: str, tree: PyTree, params: PyTree) -> list[Any]:
     """The entry of ``tree``, shaped like ``params`` or a prefix of it, for each leaf of these."""
+    slots = jax.tree.leaves_with_path(params, is_leaf=is_masked)
+    hidden = {path for path, slot in slots if is_masked(slot)}
     try:
-        full = jax.tree.broadcast(_hide_masked(tree, params), params, is_leaf=is_masked)
-        matched = jax.tree.leaves(full, is_leaf=is_masked)
-        slots = jax.tree.leaves(params, is_leaf=is_masked)
-        pairs = list(zip(matched, slots, strict=True))
+        # What optax hid of params is hidden in the tree too, whole subtrees of it.
+        visible = jax.tree_util.tree_map_with_path(
+            lambda path, entry: optax.MaskedNode() if path in hidden else entry,
+            tree,
+            is_leaf=lambda path, _: path in hidden,
+            is_leaf_takes_path=True,
+        )
+        return jax.tree.leaves(jax.tree.broadcast(visible, params))
     except ValueError as error:
         raise ValueError(
             f"{name} must be shaped like params, or a prefix of it; got"
             f" {jax.tree.structure(tree)} for params {jax.tree.structure(params)}."
         ) from error
-    return [label for label, slot in pairs if not is_masked(slot)]
-
-
-def _hide_masked(tree: PyTree, params: PyTree) -> PyTree:
-    """``tree`` with `optax.MaskedNode` wherever ``params`` have it, for whole subtrees too."""
-    slots, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked)
-    hidden = {path for path, slot in slots if is_masked(slot)}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: optax.MaskedNode() if path in hidden else leaf,
-        tree,
-        is_leaf=lambda path, _: path in hidden,
-        is_leaf_takes_path=True,
-    )
 
 
 def check_structure(name: str, tree: PyTree, expected: PyTree) -> None:

@@ -100,7 +100,7 @@ def lam_scale(
                     f"updates must have the structure that `init` saw, of"
                     f" {state.accumulator.size} layers; got the layers {partition.names}."
                 )
-            mean_squared = partition.sum(squared) / jnp.maximum(partition.size_array(), 1)
+            mean_squared = partition.average(partition.sum(squared))
             new, finite = accumulate(state.accumulator, mean_squared)
             of_leaf = [partition.spread(x, updates) for x in (new, finite)]
         else:

@@ -181,7 +181,7 @@ def test_is_the_hessians_where_outputs_are_piecewise_linear(model):
     assert np.all(found.std_error == 0)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_parameters_may_be_wider_than_the_arithmetic(dtype):
     params, _, loss, batch, layers = cnn()
     images = batch[0].astype(jnp.float32), batch[1]

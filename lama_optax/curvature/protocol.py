@@ -27,8 +27,8 @@ class LayerCurvature(NamedTuple):
     ) -> "LayerCurvature":
         """From each layer's trace, shape (L,), and the trace's standard error, None if unknown."""
         mean = layers.average(trace)
-        # From numpy: `jax.debug_nans` looks for NaN in what JAX computes.
-        unknown = jnp.asarray(np.full(mean.shape, np.nan, mean.dtype))
+        # From numpy: `jax.debug_nans` looks for NaN in what JAX computes, `jnp.asarray` too.
+        unknown = jax.device_put(np.full(mean.shape, np.nan, mean.dtype))
         dtype = np.int32 if max(layers.sizes, default=0) < 2**31 else layers.dtype
         size = jnp.asarray(np.asarray(layers.sizes, dtype))
         return cls(mean, unknown if std_error is None else layers.average(std_error), size)
@@ -98,7 +98,8 @@ def check_batch(batch: PyTree) -> int:
 
 def of_each_device(tree: PyTree, like: PyTree) -> PyTree:
     """``tree``, but no longer shared by the devices: JAX sums derivatives by what is over them."""
-    numbers = [x for x in jax.tree.leaves(like) if jnp.isdtype(x.dtype, ("numeric", "bool"))]
+    typed = jax.dtypes.prng_key  # as of dropout, in which there is no number
+    numbers = [x for x in jax.tree.leaves(like) if not jnp.issubdtype(x.dtype, typed)]
     zero = sum((jnp.zeros_like(jnp.sum(x), jnp.float32) for x in numbers), jnp.float32(0))
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
 
@@ -171,8 +172,9 @@ def scalar_objective(
         except Exception as error:
             error.add_note(
                 "lama_optax: raised while value_fn was evaluated on params of structure"
-                f" {jax.tree.structure(p)}. If a wrapper such as optax.flatten has reshaped params,"
-                " leave it out: it hides the layers."
+                f" {jax.tree.structure(p)} alone: bind what else it takes, value_fn=lambda p:"
+                " loss_fn(p, batch). If a wrapper such as optax.flatten has reshaped params, leave"
+                " it out: it hides the layers."
             )
             raise
         if has_aux and not (isinstance(value, tuple) and len(value) == 2):

@@ -42,8 +42,10 @@ class CurvatureState(NamedTuple):
         factor, known = widened_share(self.average)
         # From numpy: `jax.debug_nans` looks for NaN in what JAX computes.
         unknown = np.full(known.shape, np.nan, factor.dtype)
-        where: Any = jnp.where if isinstance(known, jax.core.Tracer) else np.where
-        return jnp.asarray(where(known, jnp.sqrt(self.spread * factor), unknown), factor.dtype)
+        if isinstance(known, jax.core.Tracer):
+            return jnp.where(known, jnp.sqrt(self.spread * factor), unknown)
+        error = np.where(known, np.sqrt(np.asarray(self.spread * factor)), unknown)
+        return jax.device_put(error.astype(factor.dtype))
 
 
 def track_curvature(

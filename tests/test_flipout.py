@@ -1,5 +1,7 @@
 """Per-example probes: unbiased on whatever JAX traces, with a standard error that is right."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ from lama_optax import (
 pytestmark = pytest.mark.standard_promotion
 
 NUM_ESTIMATES = 2000
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def _mean(loss, batch):

@@ -46,7 +46,7 @@ class Layers:
         parts = [totals[layer] for layer in sorted(totals)]
         return jnp.concatenate(parts) if parts else jnp.zeros((0,), self.dtype)
 
-    def spread(self, values: jax.Array, tree: PyTree) -> PyTree:
+    def spread(self, values: Sequence[jax.Array] | jax.Array, tree: PyTree) -> PyTree:
         """Gives each leaf of ``tree`` its layer's entry of ``values`` (L,), as a scalar.
 
         A leaf of several layers gets an array of shape (depth, 1, ...). The dtype is that of the
@@ -55,9 +55,10 @@ class Layers:
         leaves, treedef = jax.tree.flatten(tree)
 
         def entry(layer: int, depth: int | None, leaf: jax.Array) -> jax.Array:
-            own = values[layer]
+            own = jnp.asarray(values[layer])
             if depth is not None:
-                own = values[layer : layer + depth].reshape(depth, *[1] * (leaf.ndim - 1))
+                own = jnp.asarray(values[layer : layer + depth])
+                own = own.reshape(depth, *[1] * (leaf.ndim - 1))
             return own if own.dtype == jnp.bool_ else own.astype(wide_dtype(leaf))
 
         entries = map(entry, self.leaf_layer, self.leaf_depth, leaves)

@@ -13,8 +13,8 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from lama_optax import exact_trace, flipout, gauss_newton, layer_curvature
+from lama_optax._jaxpr import weights
 from lama_optax._jaxpr.interpret import names_in
-from lama_optax._jaxpr.weights import follow
 
 pytestmark = pytest.mark.standard_promotion
 SCOPES = ("joint", "block")
@@ -256,23 +256,6 @@ def test_explain_names_lost_signs_and_paths():
     assert flipout().explain(PARAMS, **args)["a"]["path"] == "hutchinson, block"
 
 
-def test_explain_says_which_derivatives_gauss_newton_forms():
-    def outputs(p, x):
-        return (jnp.sin(p["a"]["w"]) @ x[0, :4].T) @ jnp.ones((3, 2)) + p["o"]["w"].T @ x[0, :4]
-
-    report = gauss_newton().explain(
-        PARAMS,
-        layers="leaf",
-        example_output_fn=outputs,
-        output_loss_fn=lambda z, x: jnp.sum(z**2),
-        batch=_normal(0, 5, 2, 4),
-    )
-    assert report["o/w"] == {"path": "rows", "why": []}
-    assert report["a/w"]["path"] == report["a/b"]["path"] == "jacobian"
-    assert "sin at" in report["a/w"]["why"][0]
-    assert "no use" in report["a/b"]["why"][0]
-
-
 @pytest.mark.parametrize("scope", SCOPES)
 def test_the_users_checkpoint_stays_in_force(scope):
     program = jax.make_jaxpr(
@@ -285,13 +268,13 @@ def test_the_users_checkpoint_stays_in_force(scope):
 
 def test_tracing_is_linear_in_depth(monkeypatch):
     counts = []
-    apply = follow.apply
+    apply = weights.apply
 
     def counted(*args):
         counts[-1] += 1
         return apply(*args)
 
-    monkeypatch.setattr(follow, "apply", counted)
+    monkeypatch.setattr(weights, "apply", counted)
 
     def net(p, x):
         for w in p.values():

@@ -84,8 +84,8 @@ def test_all_functions_are_of_one_loss(x64, make, loss, weighted):
 
 
 @pytest.mark.parametrize("loss", TARGETS)
-def test_targets_are_drawn_from_the_predictive_distribution(x64, loss):
-    """Its gradient by the outputs has mean 0 and, as a Fisher matrix, the Hessian as covariance."""
+def test_sampled_losses_have_the_covariance_of_drawn_targets(x64, loss):
+    """Their gradient by the outputs has mean 0 and the Hessian as covariance, a Fisher matrix."""
     outputs = jnp.asarray([[0.5, -1.0, 2.0]])
     target = TARGETS[loss](jnp.zeros(1, jnp.int32), outputs)
     task = supervised(lambda p, x: p, jnp.zeros(1), target, loss=loss)
@@ -98,6 +98,17 @@ def test_targets_are_drawn_from_the_predictive_distribution(x64, loss):
     # 20,000 draws of entries of size up to 2: standard errors of at most 0.02.
     np.testing.assert_allclose(draws.mean(0), 0, atol=0.05)
     np.testing.assert_allclose(draws.T @ draws / len(draws), hessian, atol=0.08)
+
+
+def test_sampled_losses_where_a_class_is_masked():
+    outputs = jnp.asarray([[0.5, -jnp.inf, 2.0]])
+    task = supervised(lambda p, x: p, jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    draw = jax.value_and_grad(lambda z, key: jnp.sum(task["sampled_losses_fn"](z, key)))
+    for seed in range(4):  # signs that differ let the other two have gradients
+        value, gradient = draw(outputs, jax.random.key(seed))
+        assert jnp.isfinite(value)
+        assert gradient[0, 1] == 0
+        assert float(gradient[0, 0]) == pytest.approx(-float(gradient[0, 2]), abs=1e-7)
 
 
 def test_a_change_of_estimator_changes_one_word():

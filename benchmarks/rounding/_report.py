@@ -26,8 +26,8 @@ def report(summary: dict[str, Any]) -> str:
         loss = _show([t["loss"] for t in trainings], "{:.3f}")
         ranges = _show([t["curvature_range"] for t in trainings], "{:.0f}")
         sections.append(
-            f"{titles[name]}; {len(trainings)} training{'s' * (len(trainings) > 1)}, held-out loss {loss},"
-            f" {trainings[0]['layers']} matrices whose curvature differs {ranges} times"
+            f"{titles[name]}; trainings: {len(trainings)}, held-out loss {loss}, matrices:"
+            f" {trainings[0]['layers']}, whose curvature differs {ranges} times"
         )
         sections += [_predictions(trainings), _choices(trainings), _times(trainings)]
     sections.append(

@@ -177,6 +177,8 @@ def test_bad_arguments_are_named(params, arguments, message):
 
 
 @pytest.mark.standard_promotion
+# Qwix reads every name of flax.nnx, also those that warn.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_qwix_rounds_each_module_to_its_width():
     qwix = pytest.importorskip("qwix")
     nn = pytest.importorskip("flax.linen")

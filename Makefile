@@ -64,7 +64,7 @@ constraints:
 	rm -rf $(VENV)-unpinned
 
 clean:
-	rm -rf .venv .venv-* .jax_cache build dist results
+	rm -rf .venv .venv-* build dist results
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

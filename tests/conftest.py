@@ -5,15 +5,11 @@ is told to compile quickly: jaxlib 0.10 by writing its kernels the older way, in
 later ones by a preset. What the tests look at (values, fusion, partitioning, memory, what is sent
 between devices) XLA decides before. A test that compares two programs to the bit asks for
 `optimized`: users compile with everything on.
-
-What was compiled is kept in `.jax_cache/` for the next run, which takes a third of the time; a
-change of the library compiles anew what it changes.
 """
 
 import gc
 import importlib.metadata
 import os
-import pathlib
 
 # Before jax is imported.
 OLDER = importlib.metadata.version("jaxlib").startswith("0.10.")
@@ -23,13 +19,6 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
-
-# One folder a worker, since another's half-written entry is none.
-CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache"
-jax.config.update(
-    "jax_compilation_cache_dir", str(CACHE / os.environ.get("PYTEST_XDIST_WORKER", "alone"))
-)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -84,6 +84,7 @@ def test_the_estimate_is_that_of_the_whole_batch(x64):
         assert not np.allclose(first[2].mean, whole[2].mean, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_training_run_is_that_of_the_whole_batch(x64):
     # A sensitivity that moves alpha from 1 by tenths.
     tx = lama_adam(0.03, sensitivity=2.0, estimator=exact_trace(), update_interval=1)

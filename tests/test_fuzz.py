@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 NUM_PROGRAMS = 220
 # Few that compile fast; all others run in `make test-all`.
-QUICK = (16, 18)
+QUICK = (18,)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ SEARCHES = {
 }
 
 
-@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("search", ["backtracking", pytest.param("lbfgs", marks=pytest.mark.slow)])
 def test_one_value_fn_serves_tracker_and_line_search(search):
     params, apply_fn, inputs, targets = networks.mlp()
     tx = optax.chain(track_curvature(flipout(scope="joint"), update_interval=2), SEARCHES[search]())

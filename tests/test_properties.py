@@ -137,7 +137,7 @@ def test_state_stays_finite_and_alpha_and_momentum_in_range(data, combination, n
         rejected += bad.sum()
         assert int(state.rejected) == rejected
         np.testing.assert_array_equal(state.curvature[bad], before.curvature[bad])
-        np.testing.assert_array_equal(state.std_error[bad], before.std_error[bad])
+        np.testing.assert_array_equal(state.tracker.std_error[bad], before.tracker.std_error[bad])
         # An entry whose gradient is not finite stays.
         for g, u, m, old in zip(
             *map(jax.tree.leaves, (grads, updates, state.mu, before.mu)), strict=True

@@ -76,18 +76,18 @@ def run(workload: Workload, name: str, hyper: Hyper, study: int, seed: int) -> d
     batches = workload.batches(parts["train"], np.random.default_rng([study, seed]))
     first = {part: float(measure(params, parts[part])) for part in ("validation", "test")}
     state, seconds, momentum = start(hyper, params), [], []
-    curve = [(0, first["validation"])]
+    curve, last = [(0, first["validation"])], first
     for done in range(0, workload.steps, every):
         some = jax.tree.map(lambda x, done=done: x[done : done + every], batches)
         begin = time.perf_counter()
         params, state = jax.block_until_ready(advance(hyper, params, state, some))
         seconds.append(time.perf_counter() - begin)
-        curve.append((done + every, float(measure(params, parts["validation"]))))
+        last = {part: float(measure(params, parts[part])) for part in ("validation", "test")}
+        if not np.isfinite(last["validation"]):
+            break
+        curve.append((done + every, last["validation"]))
         if ARMS[name].estimates:
             momentum += np.asarray(optax.tree.get(state, "momentum")).tolist()
-        if not np.isfinite(curve[-1][1]):
-            break
-    last = {"validation": curve[-1][1], "test": float(measure(params, parts["test"]))}
     # A return may end below its start by chance; a loss that does has diverged.
     worse = workload.margin is None and (last["validation"] > first["validation"])
     diverged = worse or not all(np.isfinite(value) for value in last.values())

@@ -1,0 +1,242 @@
+"""What a person reads: RESULTS.md, at most two pages, and its pictures."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.lab._jobs import Outcome
+from benchmarks.study import _statistics as statistics
+from benchmarks.study._arms import ARMS, B1, TRIALS
+from benchmarks.study._figures import draw_all
+from benchmarks.study._train import gradients
+from benchmarks.study._workload import Workload
+
+#: An arm whose every layer has a momentum so near to Adam's is Adam.
+NEAR = 0.02
+
+PAGE = """# Does LAMA help?
+
+Written by `python -m benchmarks.study`; `benchmarks/README.md` has the protocol, and what each
+verdict asks for.
+
+{0}
+
+## Held-out loss, tuned against tuned
+
+![Differences between arms with 95 % intervals; grey: too small to be seen]({here}/forest.png)
+
+{1}
+
+## What tuning takes
+
+![Held-out loss after one to five trials]({here}/tuning.png)
+
+Of k trials drawn at random from the arm's box, the one with the least validation loss: the mean
+over all subsets of the trials made, and over studies.
+
+## The arms
+
+Tuned: the median over studies of what validation chose. Gradients and seconds: the median over
+confirmations, to the validation loss that AdamW has after nine tenths of its run. LAMA's estimates
+are counted. Momentum: the least and the largest of any layer; an arm with all within {near} of
+Adam's is Adam.
+
+{2}
+"""
+
+
+def summarize(known: dict[str, Workload], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """By workload: contrasts, arms and the noise floor."""
+    rows = [unit | result for unit, result in outcomes]
+    frame = pd.DataFrame(rows).rename(columns={"section": "arm"})
+    return {
+        name: _workload(known[name], own.assign(score=_score(known[name], own.held_out)))
+        for name, own in frame.groupby("model", sort=False)
+    }
+
+
+def _score(workload: Workload, held_out: pd.Series) -> pd.Series:
+    """What differences are taken of: the loss's logarithm, or points; the less the better."""
+    return held_out if workload.margin else np.log(held_out)
+
+
+def _workload(workload: Workload, frame: pd.DataFrame) -> dict[str, Any]:
+    confirmed = frame[frame.confirmation.notna()]
+    scores = confirmed.groupby(["study", "arm"]).score.mean().unstack()
+    pairs = [("L", "A"), ("L", "M")] + [(n, "A") for n in workload.arms[2:] if n != "L"]
+    found = [statistics.contrast(scores[one] - scores[other]) for one, other in pairs]
+    floor = statistics.contrast(scores["A"] - scores["A'"])
+    adjusted = statistics.holm([contrast.p for contrast in found])
+    margin, words = workload.margin or -np.log(0.99), "1 %"
+    if workload.margin:
+        words = f"{workload.margin:g} points"
+    near = [_is_adam(own) for _, own in confirmed[confirmed.arm == "L"].groupby("study")]
+    is_void = floor.low > 0 or floor.high < 0
+    contrasts = []
+    for pair, contrast, p in zip(pairs, found, adjusted, strict=True):
+        says = statistics.verdict(contrast, p, margin, len(pairs), words)
+        if "L" in pair and sum(near) > len(near) / 2:
+            says = f"not tested: LAMA tuned itself to Adam in {sum(near)} of {len(near)} studies"
+        if is_void:
+            says = "void: AdamW differs from AdamW"
+        contrasts.append({"pair": pair, "contrast": contrast, "p": p, "verdict": says})
+    return {
+        "workload": workload,
+        "studies": len(scores),
+        "contrasts": contrasts,
+        "floor": floor,
+        "visible": statistics.half_width(floor.spread, floor.studies),
+        "arms": _arms(workload, frame),
+    }
+
+
+def _is_adam(runs: pd.DataFrame) -> bool:
+    ranges = np.asarray(runs.momentum.tolist())
+    return bool(np.all(np.abs(ranges - B1) <= NEAR))
+
+
+def _arms(workload: Workload, frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Of every arm: how it ends, how it tunes, and what the same loss costs it."""
+    confirmed = frame[frame.confirmation.notna()]
+    targets = {
+        study: float(np.mean([_at(curve, 0.9 * workload.steps) for curve in own.curve]))
+        for study, own in confirmed[confirmed.arm == "A"].groupby("study")
+    }
+    found = {}
+    for name, own in frame.groupby("arm", sort=False):
+        last = own[own.confirmation.notna()]
+        pairs = zip(last.study, last.curve, strict=True)
+        steps = np.asarray([statistics.steps_to(curve, targets[study]) for study, curve in pairs])
+        tries = [part for _, part in own[own.trial.notna()].groupby("study")]
+        after = [
+            np.mean([statistics.after_trials(list(t.validation), list(t.score), n) for t in tries])
+            for n in range(1, TRIALS + 1)
+        ]
+        per_step = gradients(name, workload.steps) / workload.steps
+        found[name] = {
+            "score": last.score.mean(),
+            "after": np.asarray(after),
+            "reached": int(np.isfinite(steps).sum()),
+            "runs": len(steps),
+            "gradients": float(np.median(steps)) * per_step,
+            "seconds": float(np.median(steps * last.seconds / workload.steps)),
+            "diverged": int(own.diverged.sum()),
+            "trained": len(own),
+            "momentum": _range(last.momentum),
+            "hyper": pd.DataFrame(last.hyper.tolist()).median().to_dict(),
+        }
+    return found
+
+
+def _at(curve: Sequence[tuple[int, float]], step: float) -> float:
+    return float(np.interp(step, *np.transpose(curve)))
+
+
+def _range(momenta: pd.Series) -> tuple[float, float] | None:
+    values = momenta.dropna().tolist()
+    return (float(np.min(values)), float(np.max(values))) if values else None
+
+
+def write(folder: Path, page: Path, known: dict[str, Workload], outcomes: Sequence[Outcome]) -> str:
+    """Draws the pictures into ``folder`` and writes the page; returns its text."""
+    summary = summarize(known, outcomes)
+    draw_all(folder, summary)
+    of_all = [
+        "\n\n".join(part(own) for own in summary.values())
+        for part in (_sentence, _contrast_table, _arm_table)
+    ]
+    text = PAGE.format(*of_all, here=os.path.relpath(folder, page.parent), near=NEAR)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text)
+    return text
+
+
+def shown(workload: Workload, value: float) -> float:
+    """A difference of scores as people read it: % of the loss, or points of return."""
+    return -value if workload.margin else 100 * float(np.expm1(value))
+
+
+def _words(workload: Workload, *values: float) -> list[str]:
+    return [f"{shown(workload, value):+.3g}" for value in values]
+
+
+def _interval(workload: Workload, contrast: statistics.Contrast) -> str:
+    mean, *ends = _words(workload, contrast.mean, contrast.low, contrast.high)
+    low, high = reversed(ends) if workload.margin else ends
+    return f"{mean} [{low}, {high}]"
+
+
+def unit(workload: Workload) -> str:
+    """In what differences are shown."""
+    return "points, more is better" if workload.margin else "%, less is better"
+
+
+def _visible(own: dict[str, Any]) -> str:
+    workload = own["workload"]
+    return _words(workload, -own["visible"] if workload.margin else own["visible"])[0].lstrip("+")
+
+
+def _sentence(own: dict[str, Any]) -> str:
+    """What is shown, not shown and unknown of a workload."""
+    workload, verdicts = own["workload"], {row["pair"]: row["verdict"] for row in own["contrasts"]}
+    text = (
+        f"**{workload.title}**, {own['studies']} studies. LAMA against AdamW (lr, decay):"
+        f" {verdicts['L', 'A']}; against AdamW (lr, b1): {verdicts['L', 'M']}."
+    )
+    if ("E", "A") in verdicts:
+        control = next(row["contrast"] for row in own["contrasts"] if row["pair"] == ("E", "A"))
+        if control.low > 0 or control.high < 0:
+            text += " Muon, the positive control, differs from AdamW: the study sees a difference."
+        else:
+            text += (
+                " Muon, the positive control, cannot be told from AdamW: the study sees too little."
+            )
+    return text
+
+
+def _contrast_table(own: dict[str, Any]) -> str:
+    workload = own["workload"]
+    lines = [
+        {
+            f"{workload.name}, {unit(workload)}": " minus ".join(row["pair"]),
+            "mean and 95 % interval": _interval(workload, row["contrast"]),
+            "p (Holm)": f"{row['p']:.2g}",
+            "smallest visible": _visible(own),
+            "verdict": row["verdict"],
+        }
+        for row in own["contrasts"]
+    ]
+    floor = {f"{workload.name}, {unit(workload)}": "A minus A'"}
+    lines.append(floor | {"mean and 95 % interval": _interval(workload, own["floor"])})
+    return _table(lines)
+
+
+def _arm_table(own: dict[str, Any]) -> str:
+    workload, lines = own["workload"], []
+    for name, arm in own["arms"].items():
+        value = -arm["score"] if workload.margin else np.exp(arm["score"])
+        line = {
+            f"{workload.name}": name,
+            "arm": ARMS[name].title,
+            "held-out": f"{value:.4g}",
+            "tuned": ", ".join(f"{axis} {x:.2g}" for axis, x in arm["hyper"].items()),
+            "diverged": f"{arm['diverged']} of {arm['trained']}",
+            "reached": f"{arm['reached']} of {arm['runs']}",
+        }
+        if np.isfinite(arm["gradients"]):
+            line |= {"gradients": f"{arm['gradients']:.0f}", "seconds": f"{arm['seconds']:.2g}"}
+        if arm["momentum"]:
+            line["momentum"] = "{:.3f} to {:.3f}".format(*arm["momentum"])
+        lines.append(line)
+    return _table(lines)
+
+
+def _table(lines: list[dict[str, str]]) -> str:
+    """Markdown, without a package for it."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    rows = [names, [":--"] * len(names), *([line.get(n, "") for n in names] for line in lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

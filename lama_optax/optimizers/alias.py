@@ -46,8 +46,8 @@ def lama_adam(
 
     Use it to study momentum per layer. That it lowers a loss has not been shown: with the
     document's ``sensitivity`` it is Adam to three digits of the loss, and with a larger one Eq. 6
-    moves the step size, as ``make moons`` prints. To read curvature, chain `track_curvature` before the
-    optimizer that you tune anyway.
+    moves the step size, as ``make moons`` prints. To read curvature, chain `track_curvature` before
+    the optimizer that you tune anyway.
 
     The paper's setting is ``lama_adam(1e-3, estimator=hutchinson(10), update_interval=1,
     max_momentum=None)``, which ``make moons`` uses.

@@ -8,17 +8,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.lab._style import BLUE, COLORS, MARKERS, save_all
-from benchmarks.study._workload import Workload
+from benchmarks.study._arms import TRIALS
 
 
 def draw_all(folder: Path, summary: dict[str, Any]) -> None:
     """Draws both into the folder."""
     figures = {"forest.png": lambda: _forest(summary), "tuning.png": lambda: _tuning(summary)}
     save_all(folder, figures)
-
-
-def _shown(workload: Workload, values: Any) -> Any:
-    return -np.asarray(values) if workload.margin else 100 * np.expm1(values)
 
 
 def _panels(summary: dict[str, Any], height: float) -> tuple[Figure, Any]:
@@ -34,21 +30,21 @@ def _forest(summary: dict[str, Any]) -> Figure:
     figure, panels = _panels(summary, 3.0)
     for axes, own in zip(panels, summary.values(), strict=True):
         workload, rows = own["workload"], own["contrasts"]
-        ends = np.sort(_shown(workload, [-own["visible"], own["visible"]]))
+        ends = np.sort(workload.shown([-own["visible"], own["visible"]]))
         axes.axvspan(*ends, color="0.9", linewidth=0)
         axes.axvline(0, color="0.4", linewidth=0.8)
-        margin = _shown(workload, -(workload.margin or -np.log(0.99)))
+        margin = workload.shown(-(workload.margin or -np.log(0.99)))
         axes.axvline(margin, color="0.4", linewidth=0.8, linestyle=":")
         labels = [" - ".join(row["pair"]) for row in rows] + ["A - A'"]
         contrasts = [row["contrast"] for row in rows] + [own["floor"]]
         for y, contrast in enumerate(contrasts):
-            ends = _shown(workload, [contrast.low, contrast.high])
+            ends = workload.shown([contrast.low, contrast.high])
             axes.plot(ends, [y, y], color=BLUE)
-            axes.plot(_shown(workload, contrast.mean), y, "o", color=BLUE)
+            axes.plot(workload.shown(contrast.mean), y, "o", color=BLUE)
         axes.set_yticks(range(len(labels)), labels)
         axes.invert_yaxis()
         words = "return, points: more is better" if workload.margin else "loss, %: less is better"
-        axes.set(title=workload.title, xlabel=words)
+        axes.set(title=workload.name, xlabel=words)
     return figure
 
 
@@ -58,12 +54,13 @@ def _tuning(summary: dict[str, Any]) -> Figure:
     for axes, own in zip(panels, summary.values(), strict=True):
         workload, base = own["workload"], own["arms"]["A"]["after"][-1]
         for i, (name, arm) in enumerate(own["arms"].items()):
-            values = _shown(workload, arm["after"] - base)
-            style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
-            axes.plot(np.arange(1, len(values) + 1), values, label=name, markersize=4, **style)
+            values = workload.shown(arm["after"] - base)
+            # A and A' share a colour: what lies between them is luck.
+            look = {"color": COLORS[max(0, i - 1)], "marker": MARKERS[max(0, i - 1)]}
+            look["linestyle"] = "--" if name == "A'" else "-"
+            axes.plot(range(1, TRIALS + 1), values, label=name, markersize=4, **look)
         words = "return over AdamW's, points" if workload.margin else "loss over AdamW's, %"
-        axes.set(title=workload.title, xlabel="trials", ylabel=words)
-        if not workload.margin:
-            axes.set_yscale("symlog", linthresh=10)
+        axes.set(title=workload.name, xlabel="trials", ylabel=words)
+        axes.set_xticks(range(1, TRIALS + 1))
         axes.legend(fontsize=6, ncols=2)
     return figure

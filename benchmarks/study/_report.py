@@ -54,14 +54,9 @@ def summarize(known: dict[str, Workload], outcomes: Sequence[Outcome]) -> dict[s
     rows = [unit | result for unit, result in outcomes]
     frame = pd.DataFrame(rows).rename(columns={"section": "arm"})
     return {
-        name: _workload(known[name], own.assign(score=_score(known[name], own.held_out)))
+        name: _workload(known[name], own.assign(score=known[name].score(own.held_out)))
         for name, own in frame.groupby("model", sort=False)
     }
-
-
-def _score(workload: Workload, held_out: pd.Series) -> pd.Series:
-    """What differences are taken of: the loss's logarithm, or points; the less the better."""
-    return held_out if workload.margin else np.log(held_out)
 
 
 def _workload(workload: Workload, frame: pd.DataFrame) -> dict[str, Any]:
@@ -155,29 +150,10 @@ def write(folder: Path, page: Path, known: dict[str, Workload], outcomes: Sequen
     return text
 
 
-def shown(workload: Workload, value: float) -> float:
-    """A difference of scores as people read it: % of the loss, or points of return."""
-    return -value if workload.margin else 100 * float(np.expm1(value))
-
-
-def _words(workload: Workload, *values: float) -> list[str]:
-    return [f"{shown(workload, value):+.3g}" for value in values]
-
-
 def _interval(workload: Workload, contrast: statistics.Contrast) -> str:
-    mean, *ends = _words(workload, contrast.mean, contrast.low, contrast.high)
-    low, high = reversed(ends) if workload.margin else ends
-    return f"{mean} [{low}, {high}]"
-
-
-def unit(workload: Workload) -> str:
-    """In what differences are shown."""
-    return "points, more is better" if workload.margin else "%, less is better"
-
-
-def _visible(own: dict[str, Any]) -> str:
-    workload = own["workload"]
-    return _words(workload, -own["visible"] if workload.margin else own["visible"])[0].lstrip("+")
+    mean = workload.shown(contrast.mean)
+    low, high = sorted(workload.shown([contrast.low, contrast.high]))
+    return f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]"
 
 
 def _sentence(own: dict[str, Any]) -> str:
@@ -200,19 +176,20 @@ def _sentence(own: dict[str, Any]) -> str:
 
 def _contrast_table(own: dict[str, Any]) -> str:
     workload = own["workload"]
+    words = "points, more is better" if workload.margin else "%, less is better"
+    first, visible = f"{workload.name}, {words}", f"{abs(workload.shown(own['visible'])):.2g}"
     lines = [
         {
-            f"{workload.name}, {unit(workload)}": " minus ".join(row["pair"]),
+            first: " minus ".join(row["pair"]),
             "mean and 95 % interval": _interval(workload, row["contrast"]),
             "p (Holm)": f"{row['p']:.2g}",
-            "smallest visible": _visible(own),
+            "smallest visible": visible,
             "verdict": row["verdict"],
         }
         for row in own["contrasts"]
     ]
-    floor = {f"{workload.name}, {unit(workload)}": "A minus A'"}
-    lines.append(floor | {"mean and 95 % interval": _interval(workload, own["floor"])})
-    return _table(lines)
+    floor = {first: "A minus A'", "mean and 95 % interval": _interval(workload, own["floor"])}
+    return _table([*lines, floor])
 
 
 def _arm_table(own: dict[str, Any]) -> str:

@@ -63,6 +63,14 @@ class Workload:
         """What is judged, the less the better."""
         return self.loss(params, part)
 
+    def score(self, measured: Any) -> Any:
+        """What differences are taken of: the logarithm of a loss, or points."""
+        return measured if self.margin else np.log(measured)
+
+    def shown(self, difference: Any) -> Any:
+        """A difference of scores as people read it: % of the loss, or points of return."""
+        return -np.asarray(difference) if self.margin else 100 * np.expm1(difference)
+
 
 class Language(Workload):
     """The next byte of source code: a GPT of 4 blocks, context 64."""

@@ -76,28 +76,31 @@ def run(workload: Workload, name: str, hyper: Hyper, study: int, seed: int) -> d
     batches = workload.batches(parts["train"], np.random.default_rng([study, seed]))
     first = {part: float(measure(params, parts[part])) for part in ("validation", "test")}
     state, seconds, momentum = start(hyper, params), [], []
-    curve, last = [(0, first["validation"])], first
+    looks = [first]
     for done in range(0, workload.steps, every):
         some = jax.tree.map(lambda x, done=done: x[done : done + every], batches)
         begin = time.perf_counter()
         params, state = jax.block_until_ready(advance(hyper, params, state, some))
         seconds.append(time.perf_counter() - begin)
-        last = {part: float(measure(params, parts[part])) for part in ("validation", "test")}
-        if not np.isfinite(last["validation"]):
-            break
-        curve.append((done + every, last["validation"]))
+        looks.append({part: float(measure(params, parts[part])) for part in first})
         if ARMS[name].estimates:
             momentum += np.asarray(optax.tree.get(state, "momentum")).tolist()
-    # A return may end below its start by chance; a loss that does has diverged.
-    worse = workload.margin is None and (last["validation"] > first["validation"])
+        if not np.isfinite(looks[-1]["validation"]):
+            break
+    last = looks[-1]
+    # Returns count over the whole run; one may end below its start by chance, a loss diverges.
+    if workload.margin is not None:
+        last = {part: float(np.mean([look[part] for look in looks])) for part in first}
+    worse = workload.margin is None and last["validation"] > first["validation"]
     diverged = worse or not all(np.isfinite(value) for value in last.values())
     judged = first if diverged else last
+    values = [(i * every, look["validation"]) for i, look in enumerate(looks)]
     return {
         "hyper": hyper,
         "validation": judged["validation"],
         "held_out": judged["test"],
         "diverged": diverged,
-        "curve": curve,
+        "curve": [look for look in values if np.isfinite(look[1])],
         "gradients": gradients(name, workload.steps),
         "seconds": float(np.median(seconds)) * LOOKS,  # the first call compiles
         "momentum": [min(momentum), max(momentum)] if momentum else None,

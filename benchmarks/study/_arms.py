@@ -19,8 +19,6 @@ Box = tuple[tuple[float, float], ...]
 TRIALS = 5
 #: Of every arm whose b1 is not tuned; LAMA multiplies it.
 B1 = 0.9
-#: Steps from one of LAMA's estimates of curvature to the next.
-INTERVAL = 10
 CLIP = 1.0
 WARM_UP = 0.05
 
@@ -42,15 +40,19 @@ def _muon_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of, params)
 
 
-def _lama(hyper: Hyper, b2: float) -> optax.GradientTransformationExtraArgs:
+def _lama(hyper: Hyper, workload: Workload) -> optax.GradientTransformation:
     return lama_scale(
         B1,
-        b2,
+        workload.b2,
         sensitivity=hyper["lambda"],
         estimator=fisher(),
-        update_interval=INTERVAL,
+        update_interval=workload.interval,
         curvature_decay=0.9,
     )
+
+
+def _adam(hyper: Hyper, workload: Workload) -> optax.GradientTransformation:
+    return optax.scale_by_adam(1 - hyper.get("1-b1", 1 - B1), workload.b2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +61,12 @@ class Arm:
 
     title: str
     axes: tuple[str, str]  # of lr, decay, 1-b1, lambda
-    direction: Callable[[Hyper, float], optax.GradientTransformation] | None  # None: Muon
+    direction: Callable[[Hyper, Workload], optax.GradientTransformation] | None  # None: Muon
 
     @property
     def estimates(self) -> bool:
         """Whether it measures curvature."""
         return "lambda" in self.axes
-
-
-def _adam(hyper: Hyper, b2: float) -> optax.GradientTransformation:
-    return optax.scale_by_adam(1 - hyper.get("1-b1", 1 - B1), b2)
 
 
 ARMS = {
@@ -78,18 +76,18 @@ ARMS = {
     "L": Arm("LAMA (lr, lambda)", ("lr", "lambda"), _lama),
     "E": Arm("Muon (lr, weight decay)", ("lr", "decay"), None),
     "LAM weight": Arm(
-        "LAM per weight (lr, decay)", ("lr", "1-b1"), lambda h, b2: lam_scale(1 - h["1-b1"])
+        "LAM per weight (lr, decay)", ("lr", "1-b1"), lambda h, w: lam_scale(1 - h["1-b1"])
     ),
     "LAM layer": Arm(
         "LAM per layer (lr, decay)",
         ("lr", "1-b1"),
-        lambda h, b2: lam_scale(1 - h["1-b1"], granularity="layer"),
+        lambda h, w: lam_scale(1 - h["1-b1"], granularity="layer"),
     ),
     "AMSGrad": Arm(
-        "AMSGrad (lr, weight decay)", ("lr", "decay"), lambda h, b2: optax.scale_by_amsgrad(B1, b2)
+        "AMSGrad (lr, weight decay)", ("lr", "decay"), lambda h, w: optax.scale_by_amsgrad(B1, w.b2)
     ),
     "RAdam": Arm(
-        "RAdam (lr, weight decay)", ("lr", "decay"), lambda h, b2: optax.scale_by_radam(B1, b2)
+        "RAdam (lr, weight decay)", ("lr", "decay"), lambda h, w: optax.scale_by_radam(B1, w.b2)
     ),
 }
 
@@ -120,7 +118,7 @@ def optimizer(name: str, workload: Workload, hyper: Hyper) -> optax.GradientTran
         return optax.chain(optax.clip_by_global_norm(CLIP), inner)
     return optax.chain(
         optax.clip_by_global_norm(CLIP),
-        direction(hyper, workload.b2),
+        direction(hyper, workload),
         optax.add_decayed_weights(decay),
         optax.scale_by_learning_rate(rate),
     )

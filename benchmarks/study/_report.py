@@ -111,7 +111,7 @@ def _arms(workload: Workload, frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
             np.mean([statistics.after_trials(list(t.validation), list(t.score), n) for t in tries])
             for n in range(1, TRIALS + 1)
         ]
-        per_step = gradients(name, workload.steps) / workload.steps
+        per_step = gradients(workload, name, workload.steps) / workload.steps
         found[name] = {
             "score": last.score.mean(),
             "after": np.asarray(after),

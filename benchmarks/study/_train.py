@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks.study._arms import ARMS, INTERVAL, Hyper, optimizer
+from benchmarks.study._arms import ARMS, Hyper, optimizer
 from benchmarks.study._workload import Parts, Workload
 
 #: How often the validation loss is read.
@@ -48,9 +48,9 @@ def _programs(workload: Workload, name: str) -> tuple[Any, Any]:
     return jax.jit(start), jax.jit(advance)
 
 
-def gradients(name: str, steps: int) -> int:
+def gradients(workload: Workload, name: str, steps: int) -> int:
     """Gradients that so many steps have taken; an estimate by `fisher` is one more."""
-    return steps + (-(-steps // INTERVAL) if ARMS[name].estimates else 0)
+    return steps + (-(-steps // workload.interval) if ARMS[name].estimates else 0)
 
 
 def run(workload: Workload, name: str, hyper: Hyper, study: int, seed: int) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def run(workload: Workload, name: str, hyper: Hyper, study: int, seed: int) -> d
         "held_out": judged["test"],
         "diverged": diverged,
         "curve": [look for look in values if np.isfinite(look[1])],
-        "gradients": gradients(name, workload.steps),
+        "gradients": gradients(workload, name, workload.steps),
         "seconds": float(np.median(seconds)) * LOOKS,  # the first call compiles
         "momentum": [min(momentum), max(momentum)] if momentum else None,
     }

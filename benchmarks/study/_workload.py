@@ -32,6 +32,7 @@ class Workload:
     width: int
     b2: float = 0.999
     decay: float = 0.01  # decoupled weight decay of the arms that do not tune it
+    interval: int = 10  # steps from one of LAMA's estimates to the next
     margin: float | None = None  # None: a loss, judged on its logarithm; else points that matter
 
     def parts(self, study: int) -> Parts:
@@ -318,7 +319,9 @@ def workloads(quick: bool, steps: int | None, width: int | None) -> dict[str, Wo
         Language("gpt", "GPT, bytes of Optax's source", 8, _MAIN, 1000, 16, 96, b2=0.95, decay=0.1),
         Digits("cnn", "CNN, noisy digits", 10, _SMALL, 400, 64, 8),
         Poisson("pinn", "physics-informed network, Poisson", 10, _SMALL, 1000, 64, 32),
-        CartPole("cartpole", "policy gradient, cart-pole", 10, _SMALL, 20, 32, 32, margin=5),
+        CartPole(
+            "cartpole", "policy gradient, cart-pole", 10, _SMALL, 20, 32, 32, interval=2, margin=5
+        ),
     )
     changes: dict[str, Any] = {"studies": 2, "steps": 20, "batch": 4, "width": 4} if quick else {}
     changes |= {"steps": steps} if steps is not None else {}

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.lab._jobs import Outcome
 from benchmarks.lab._store import Store
 from benchmarks.study import _plan as plan
 from benchmarks.study import _statistics as statistics
 from benchmarks.study import _train as train
 from benchmarks.study import _workload as workloads
 from benchmarks.study.__main__ import main, parse
-from benchmarks.study._arms import ARMS, BOXES, TRIALS, box, setting, trials
+from benchmarks.study._arms import ARMS, B1, BOXES, TRIALS, _muon_axes, box, setting, trials
+from benchmarks.study._report import summarize
 
 KNOWN = workloads.workloads(False, None, None)
 TINY = workloads.workloads(True, None, None)
@@ -178,6 +180,58 @@ def test_a_diverged_run_counts_with_its_start(lr):
     assert found["diverged"] == (lr > 1)
     assert (found["validation"] == start) if lr > 1 else (found["validation"] < start)
     assert np.isfinite(found["held_out"])
+
+
+def test_lama_of_lambda_0_is_adamw():
+    workload = TINY["pinn"]
+    lama = train.run(workload, "L", {"lr": 1e-3, "lambda": 0.0}, 0, 0)
+    adam = train.run(workload, "A", {"lr": 1e-3, "decay": workload.decay}, 0, 0)
+    np.testing.assert_allclose(lama["validation"], adam["validation"], rtol=1e-5)
+    assert (adam["gradients"], lama["gradients"]) == (20, 22)  # estimates at steps 1 and 11
+    np.testing.assert_allclose(lama["momentum"], B1)
+
+
+def test_muon_takes_the_kernels_as_matrices():
+    params = jax.eval_shape(TINY["gpt"].init, jax.random.key(0))
+    axes = _muon_axes(params)["params"]
+    attention = axes["block_0"]["attention"]
+    assert (attention["query"]["kernel"], attention["out"]["kernel"]) == ((0, (1, 2)), ((0, 1), 2))
+    assert axes["block_0"]["up"]["kernel"] == (0, 1)
+    others = axes["head"]["kernel"], axes["bytes"]["embedding"], axes["norm"]["scale"]
+    assert others == (None, None, None)
+
+
+def _outcomes(workload, effects, momentum):
+    """Eight studies of made-up losses: each arm's effect on the logarithm, and a little noise."""
+    rng, found = np.random.default_rng(0), []
+    for study, name, i in itertools.product(range(8), workload.arms, range(TRIALS + 2)):
+        which = {"trial": i} if i < TRIALS else {"confirmation": i - TRIALS + 1}
+        loss = float(np.exp(effects.get(name, 0.0) + 0.002 * rng.normal()))
+        result = {"hyper": {"lr": 1e-3}, "validation": loss, "held_out": loss, "diverged": False}
+        result |= {"curve": [(0, 2.0), (20, loss)], "seconds": 1.0, "gradients": 20}
+        result["momentum"] = momentum if name == "L" else None
+        found.append(
+            Outcome({"model": workload.name, "section": name, "study": study} | which, result)
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("effects", "momentum", "verdict"),
+    [
+        ({"L": -0.05}, [0.8, 0.95], "helps"),
+        ({"L": 0.05}, [0.8, 0.95], "does not help by 1 % or more"),
+        ({"L": -0.05}, [0.89, 0.91], "not tested: LAMA tuned itself to Adam in 8 of 8 studies"),
+        ({"L": -0.05, "A'": 0.02}, [0.8, 0.95], "void: AdamW differs from AdamW"),
+    ],
+)
+def test_what_the_report_concludes(effects, momentum, verdict):
+    workload = KNOWN["gpt"]
+    (found,) = summarize(KNOWN, _outcomes(workload, effects, momentum)).values()
+    first = found["contrasts"][0]
+    assert (first["pair"], first["verdict"]) == (("L", "A"), verdict)
+    assert abs(first["contrast"].mean - effects["L"]) < 0.005
+    assert found["floor"].studies == 8
 
 
 def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):

@@ -320,7 +320,7 @@ def workloads(quick: bool, steps: int | None, width: int | None) -> dict[str, Wo
         Digits("cnn", "CNN, noisy digits", 10, _SMALL, 400, 64, 8),
         Poisson("pinn", "physics-informed network, Poisson", 10, _SMALL, 1000, 64, 32),
         CartPole(
-            "cartpole", "policy gradient, cart-pole", 10, _SMALL, 20, 32, 32, interval=2, margin=5
+            "cartpole", "policy gradient, cart-pole", 10, _SMALL, 60, 32, 32, interval=5, margin=5
         ),
     )
     changes: dict[str, Any] = {"studies": 2, "steps": 20, "batch": 4, "width": 4} if quick else {}

@@ -36,7 +36,8 @@ verdict asks for.
 ![Held-out loss after one to five trials]({here}/tuning.png)
 
 Of k trials drawn at random from the arm's box, the one with the least validation loss: the mean
-over all subsets of the trials made, and over studies.
+over all subsets of the trials made, and over studies. The table below has the difference after one
+trial, with its 95 % interval.
 
 ## The arms
 
@@ -101,20 +102,17 @@ def _arms(workload: Workload, frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
         study: float(np.mean([_at(curve, 0.9 * workload.steps) for curve in own.curve]))
         for study, own in confirmed[confirmed.arm == "A"].groupby("study")
     }
-    found = {}
+    found, base = {}, _after_trials(frame[frame.arm == "A"])
     for name, own in frame.groupby("arm", sort=False):
         last = own[own.confirmation.notna()]
         pairs = zip(last.study, last.curve, strict=True)
         steps = np.asarray([statistics.steps_to(curve, targets[study]) for study, curve in pairs])
-        tries = [part for _, part in own[own.trial.notna()].groupby("study")]
-        after = [
-            np.mean([statistics.after_trials(list(t.validation), list(t.score), n) for t in tries])
-            for n in range(1, TRIALS + 1)
-        ]
+        after = _after_trials(own)
         per_step = gradients(workload, name, workload.steps) / workload.steps
         found[name] = {
             "score": last.score.mean(),
-            "after": np.asarray(after),
+            "after": after.mean(axis=0),
+            "first": statistics.contrast((after - base)[:, 0]) if name != "A" else None,
             "reached": int(np.isfinite(steps).sum()),
             "runs": len(steps),
             "gradients": float(np.median(steps)) * per_step,
@@ -122,9 +120,25 @@ def _arms(workload: Workload, frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
             "diverged": int(own.diverged.sum()),
             "trained": len(own),
             "momentum": _range(last.momentum),
-            "hyper": pd.DataFrame(last.hyper.tolist()).median().to_dict(),
+            "tuned": _tuned(pd.DataFrame(last.hyper.tolist())),
         }
     return found
+
+
+def _after_trials(runs: pd.DataFrame) -> np.ndarray:
+    """Scores by study and number of trials."""
+    studies = [own for _, own in runs[runs.trial.notna()].groupby("study")]
+    rows = [(list(own.validation), list(own.score)) for own in studies]
+    counts = range(1, TRIALS + 1)
+    return np.asarray([[statistics.after_trials(*row, count) for count in counts] for row in rows])
+
+
+def _tuned(hyper: pd.DataFrame) -> str:
+    """Medians; of lambda that of the magnitude, and how often it was positive."""
+    words = ", ".join(f"{axis} {x:.2g}" for axis, x in hyper.abs().median().items())
+    if "lambda" in hyper:
+        words += f" (above 0: {(hyper['lambda'] > 0).sum()} of {len(hyper)})"
+    return words
 
 
 def _at(curve: Sequence[tuple[int, float]], step: float) -> float:
@@ -200,7 +214,8 @@ def _arm_table(own: dict[str, Any]) -> str:
             f"{workload.name}": name,
             "arm": ARMS[name].title,
             "held-out": f"{value:.4g}",
-            "tuned": ", ".join(f"{axis} {x:.2g}" for axis, x in arm["hyper"].items()),
+            "one trial, minus A": _interval(workload, arm["first"]) if arm["first"] else "",
+            "tuned": arm["tuned"],
             "diverged": f"{arm['diverged']} of {arm['trained']}",
             "reached": f"{arm['reached']} of {arm['runs']}",
         }

@@ -1,6 +1,5 @@
 """Numbers and params that users pass: checks, and the dtype they are used in."""
 
-import contextlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -13,10 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 def check_number(
     name: str, value: Any, allowed: str, *, low: float = -np.inf, high: float = np.inf
 ) -> None:
-    """Raises `ValueError` unless ``value`` is a finite number in ``[low, high)``.
-
-    A traced array passes: its value is not known yet (`optax.inject_hyperparams`).
-    """
+    """Raises `ValueError` unless ``value`` is traced or a finite number in ``[low, high)``."""
     if high == 1 and isinstance(value, jax.Array) and value.dtype.itemsize < 4:
         raise ValueError(
             f"{name} came as {value.dtype}, which rounds decays such as 0.999 to 1. Pass"
@@ -76,15 +72,15 @@ def check_word(name: str, value: Any, allowed: Collection[str]) -> None:
         raise ValueError(f"{name} must be one of {words}; got {value!r}.")
 
 
-def check_floating(paths: Sequence[tuple[Any, ...]], leaves: Sequence[Any]) -> None:
+def check_floating(paths_and_leaves: Sequence[tuple[tuple[Any, ...], Any]]) -> None:
     """Raises `ValueError` unless all leaves of params are real floating-point arrays."""
-    for path, leaf in zip(paths, leaves, strict=True):
-        # JAX takes a dtype's name for a dtype: "float32" is no array.
-        dtype = None
-        with contextlib.suppress(TypeError):
+    for path, leaf in paths_and_leaves:
+        try:
+            # JAX takes a dtype's name for a dtype: "float32" is no array.
             dtype = None if isinstance(leaf, str | type | np.dtype) else jnp.result_type(leaf)
+        except TypeError:
+            dtype = None
         if dtype is None:
-            found = f"{leaf!r}, no array"
             remedy = (
                 "keep arrays alone; of an Equinox module take params, static ="
                 " eqx.partition(model, eqx.is_inexact_array)"
@@ -92,14 +88,12 @@ def check_floating(paths: Sequence[tuple[Any, ...]], leaves: Sequence[Any]) -> N
         elif jnp.issubdtype(dtype, jnp.floating):
             continue
         elif jnp.issubdtype(dtype, jnp.complexfloating):
-            found = f"{dtype}"
             remedy = (
                 "keep its real and its imaginary part as two leaves, and join them in the loss,"
                 " jax.lax.complex(real, imag) (optax.contrib.split_real_and_imaginary splits the"
                 " params that value_fn is called with)"
             )
         else:
-            found = f"{dtype}"
             remedy = (
                 "keep what is not trained out of params, and let the loss close over it: value_fn ="
                 " lambda trained: loss_fn({**frozen, **trained}). optax.masked would hide it from"
@@ -107,7 +101,8 @@ def check_floating(paths: Sequence[tuple[Any, ...]], leaves: Sequence[Any]) -> N
             )
         raise ValueError(
             "params must hold real floating-point arrays; the leaf"
-            f" params{jax.tree_util.keystr(path)} is {found}: {remedy}."
+            f" params{jax.tree_util.keystr(path)} is"
+            f" {f'{leaf!r}, no array' if dtype is None else dtype}: {remedy}."
         )
 
 
@@ -117,8 +112,5 @@ def wide_dtype(leaf: jax.Array) -> np.dtype:
 
 
 def as_scalar(x: ArrayLike, dtype: DTypeLike) -> float | jax.Array:
-    """A hyper-parameter in ``dtype``.
-
-    A plain number stays one: its dtype is weak, and ``1 - b`` is then taken in double precision.
-    """
+    """A hyper-parameter in ``dtype``; a plain number stays one, whose ``1 - b`` is a double's."""
     return float(x) if isinstance(x, int | float) else jnp.asarray(x, dtype)

@@ -18,49 +18,30 @@ PyTree = Any
 class TrainState(train_state.TrainState):
     """`flax.training.train_state.TrainState` that passes extra arguments on to the optimizer.
 
-    BatchNorm keeps running means in a second collection, ``batch_stats``. One function returns
-    outputs and updated collections; the gradient's loss takes both, `supervised` the outputs
-    alone. ``examples/linen.py`` is such a script, with dropout.
+    ``examples/linen.py`` is a script with BatchNorm and dropout.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from flax import linen as nn
       >>> from lama_optax import fisher, supervised, track_curvature
       >>> from lama_optax.flax import TrainState
-      >>> class State(TrainState):
-      ...     batch_stats: dict
-      >>> model = nn.Sequential([nn.BatchNorm(use_running_average=False), nn.Dense(3)])
-      >>> x, y = jnp.arange(8.0).reshape(4, 2), jnp.arange(4) % 3
-      >>> variables = model.init(jax.random.key(0), x)
+      >>> model, x, y = nn.Dense(3), jnp.ones((4, 2)), jnp.arange(4) % 3
       >>> tx = optax.chain(track_curvature(fisher()), optax.adamw(1e-2))
-      >>> state = State.create(apply_fn=model.apply, tx=tx, **variables)
-      >>> @jax.jit
-      ... def train_step(state, x, y):
-      ...     def forward(params, x):
-      ...         variables = {"params": params, "batch_stats": state.batch_stats}
-      ...         return state.apply_fn(variables, x, mutable=["batch_stats"])
-      ...     def loss_fn(params):
-      ...         outputs, updated = forward(params, x)
-      ...         losses = optax.softmax_cross_entropy_with_integer_labels(outputs, y)
-      ...         return losses.mean(), updated["batch_stats"]
-      ...     grads, batch_stats = jax.grad(loss_fn, has_aux=True)(state.params)
-      ...     task = supervised(lambda params, x: forward(params, x)[0], x, y)
-      ...     return state.apply_gradients(grads=grads, batch_stats=batch_stats, **task)
-      >>> state = train_step(state, x, y)
-      >>> int(state.step)
+      >>> params = model.init(jax.random.key(0), x)
+      >>> state = TrainState.create(apply_fn=model.apply, tx=tx, params=params)
+      >>> task = supervised(state.apply_fn, x, y)
+      >>> grads = jax.grad(task["value_fn"])(state.params)
+      >>> int(state.apply_gradients(grads=grads, **task).step)
       1
     """
 
     def apply_gradients(self, *, grads: PyTree, **kwargs: Any) -> Self:
-        """Updates params, optimizer state and step.
+        """The state after one step.
 
         Args:
           grads: gradients, shaped like ``params``.
-          **kwargs: names of fields (``batch_stats=...``) replace these, as in Flax; every other
-            name (``value_fn=...``, all of `supervised`) goes to ``tx.update``.
-
-        Returns:
-          The new state.
+          **kwargs: fields (``batch_stats=...``) are replaced, as in Flax; every other name
+            (``value_fn=...``, all of `supervised`) goes to ``tx.update``.
         """
         names = {field.name for field in dataclasses.fields(self)}
         fields = {name: value for name, value in kwargs.items() if name in names}
@@ -94,20 +75,16 @@ def nnx_apply_fn(
       ValueError: if ``model`` holds no variable that ``wrt`` selects.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
+      >>> import jax, jax.numpy as jnp, optax
       >>> from flax import nnx
       >>> from lama_optax import fisher, supervised, track_curvature
       >>> from lama_optax.flax import nnx_apply_fn
-      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> model, x, y = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jnp.ones((4, 2)), jnp.arange(4) % 3
       >>> tx = optax.chain(track_curvature(fisher()), optax.adamw(1e-2))
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-      >>> @nnx.jit
-      ... def train_step(model, optimizer, x, y):
-      ...     def loss_fn(model):
-      ...         return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
-      ...     task = supervised(nnx_apply_fn(model), x, y)
-      ...     optimizer.update(model, nnx.grad(loss_fn)(model), **task)
-      >>> train_step(model, optimizer, jnp.ones((4, 2)), jnp.arange(4) % 3)
+      >>> task = supervised(nnx_apply_fn(model), x, y)
+      >>> grads = jax.grad(task["value_fn"])(nnx.state(model, nnx.Param))
+      >>> _ = optimizer.update(model, grads, **task)
       >>> int(optimizer.step[...])
       1
 

@@ -6,6 +6,7 @@ in the order in which their first leaf appears in the flattened parameters.
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,19 +34,14 @@ class Layers:
     dtype: np.dtype  # of every (L,) array: float32, or float64 where a leaf is
 
     def sum(self, tree: PyTree) -> jax.Array:
-        """Sums all entries of ``tree`` (shaped like the parameters) per layer, shape (L,).
-
-        Leaf by leaf instead of one scatter: scatters refuse operands sharded over a mesh with
-        explicit axis types, and sums of half-precision leaves are taken in `dtype`.
-        """
+        """Sums all entries of ``tree`` (shaped like the parameters) per layer, shape (L,)."""
+        # Leaf by leaf: a scatter refuses what is sharded over a mesh with explicit axes.
         totals: dict[int, jax.Array] = {}
         for layer, depth, leaf in zip(
             self.leaf_layer, self.leaf_depth, jax.tree.leaves(tree), strict=True
         ):
             axes = None if depth is None else tuple(range(1, leaf.ndim))
-            total = jnp.sum(leaf, axis=axes, dtype=self.dtype).reshape(
-                1 if depth is None else depth
-            )
+            total = jnp.atleast_1d(jnp.sum(leaf, axis=axes, dtype=self.dtype))
             totals[layer] = totals[layer] + total if layer in totals else total
         parts = [totals[layer] for layer in sorted(totals)]
         return jnp.concatenate(parts) if parts else jnp.zeros((0,), self.dtype)
@@ -53,8 +49,8 @@ class Layers:
     def spread(self, values: Sequence[jax.Array] | jax.Array, tree: PyTree) -> PyTree:
         """Gives each leaf of ``tree`` its layer's entry of ``values`` (L,), as a scalar.
 
-        A leaf of several layers gets its entries as an array of shape (depth, 1, ...). They have
-        the dtype of the leaf's arithmetic, or are booleans if ``values`` are.
+        A leaf of several layers gets an array of shape (depth, 1, ...). The dtype is that of the
+        leaf's arithmetic; booleans stay so.
         """
         leaves, treedef = jax.tree.flatten(tree)
 
@@ -118,60 +114,52 @@ def check_layers(layers: LayerSpec) -> None:
 
 
 def resolve_layers(layers: LayerSpec, params: PyTree) -> Layers:
-    """Assigns each leaf of ``params`` to a layer.
-
-    Leaves hidden by `optax.masked` or `optax.partition` (`optax.MaskedNode`) are in no layer.
-
-    Raises:
-      ValueError: if a leaf is not real floating point, or if ``layers`` do not fit ``params``.
-    """
-    paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    paths = [path for path, _ in paths_and_leaves]
+    """Assigns each leaf of ``params`` to a layer; those hidden by optax (`MaskedNode`) to none."""
+    paths_and_leaves = jax.tree.leaves_with_path(params)
     leaves = [leaf for _, leaf in paths_and_leaves]
-    check_floating(paths, leaves)
-
-    stacked_modules: tuple[str, ...] = ()
-    if isinstance(layers, _Stacked):
-        stacked_modules, layers = layers
+    check_floating(paths_and_leaves)
+    modules, layers = layers if isinstance(layers, _Stacked) else ((), layers)
     check_layers(layers)
-    paths = _open_boxes(paths)
-    groups: Sequence[Hashable]
-    if not leaves:  # also what `optax.tree.map_params` calls `init` with
-        groups = group_names = []
-    elif isinstance(layers, str):
+    groups: Sequence[Hashable] = []
+    if isinstance(layers, str):
         # A leaf at the root has no module: it is a layer of its own.
+        paths = _open_boxes([path for path, _ in paths_and_leaves])
         groups = [path[:-1] if layers == "module" and len(path) > 1 else path for path in paths]
-        group_names = _drop_root([_name(path) for path in dict.fromkeys(groups)])
+        titles = [_name(path) for path in groups]
+        if all(title.startswith("params/") for title in titles):  # a collection of Flax
+            titles = [title.removeprefix("params/") for title in titles]
     else:
-        groups = _labels(layers, params)
-        group_names = [str(label) for label in dict.fromkeys(groups)]
+        # `optax.tree.map_params` calls `init` without leaves.
+        groups = _labels(layers, params) if leaves else []
+        titles = [str(label) for label in groups]
 
-    leaf_depth = [_depth(path, leaf, stacked_modules) for path, leaf in paths_and_leaves]
-    group_depth = dict(zip(groups, leaf_depth, strict=True))
-    if leaves and stacked_modules and not any(depth is not None for depth in leaf_depth):
-        raise ValueError(f"layers=stacked{stacked_modules} names no module of params.")
-    for (path, _), group, depth in zip(paths_and_leaves, groups, leaf_depth, strict=True):
-        if depth != group_depth[group]:
+    depths = [_depth(path, leaf, modules) for path, leaf in paths_and_leaves]
+    if leaves and modules and not any(depth is not None for depth in depths):
+        raise ValueError(f"layers=stacked{modules} names no module of params.")
+    names: list[str] = []
+    sizes: list[int] = []
+    first: dict[Hashable, tuple[int, int | None]] = {}  # a group's first layer and its depth
+    for (path, leaf), group, title, depth in zip(
+        paths_and_leaves, groups, titles, depths, strict=True
+    ):
+        if group not in first:
+            first[group] = len(names), depth
+            names += [title] if depth is None else [f"{title}[{i}]" for i in range(depth)]
+            sizes += [0] * (len(names) - len(sizes))
+        start, expected = first[group]
+        if depth != expected:
             raise ValueError(
                 "layers=stacked(...): leaves of one layer must have the same leading axis; the leaf"
-                f" params{jax.tree_util.keystr(path)} has {depth}, another {group_depth[group]}."
+                f" params{jax.tree_util.keystr(path)} has {depth}, another {expected}."
             )
-
-    names: list[str] = []
-    first: dict[Hashable, int] = {}
-    for (group, depth), name in zip(group_depth.items(), group_names, strict=True):
-        first[group] = len(names)
-        names += [name] if depth is None else [f"{name}[{i}]" for i in range(depth)]
-    sizes = [0] * len(names)
-    for group, depth, leaf in zip(groups, leaf_depth, leaves, strict=True):
-        for layer in range(first[group], first[group] + (1 if depth is None else depth)):
-            sizes[layer] += int(np.prod(jnp.shape(leaf)[0 if depth is None else 1 :]))
+        for layer in range(start, start + (1 if depth is None else depth)):
+            sizes[layer] += math.prod(jnp.shape(leaf)[depth is not None :])
     is_double = any(wide_dtype(leaf) == jnp.float64 for leaf in leaves)
     return Layers(
         names=unique_names(names),
         sizes=tuple(sizes),
-        leaf_layer=tuple(first[group] for group in groups),
-        leaf_depth=tuple(leaf_depth),
+        leaf_layer=tuple(first[group][0] for group in groups),
+        leaf_depth=tuple(depths),
         dtype=jnp.dtype(jnp.float64 if is_double else jnp.float32),
     )
 
@@ -213,52 +201,39 @@ def is_masked(node: Any) -> bool:
 
 
 def match_to_params(name: str, tree: PyTree, params: PyTree) -> list[Any]:
-    """Broadcasts ``tree``, shaped like ``params`` or a prefix of it, to the leaves of ``params``.
-
-    Raises:
-      ValueError: naming the argument ``name``, if the two do not fit.
-    """
+    """The entry of ``tree``, shaped like ``params`` or a prefix of it, for each leaf of these."""
+    slots = jax.tree.leaves_with_path(params, is_leaf=is_masked)
+    hidden = {path for path, slot in slots if is_masked(slot)}
     try:
-        full = jax.tree.broadcast(_hide_masked(tree, params), params, is_leaf=is_masked)
-        matched = jax.tree.leaves(full, is_leaf=is_masked)
-        slots = jax.tree.leaves(params, is_leaf=is_masked)
-        pairs = list(zip(matched, slots, strict=True))
+        # What optax hid of params is hidden in the tree too, whole subtrees of it.
+        visible = jax.tree_util.tree_map_with_path(
+            lambda path, entry: optax.MaskedNode() if path in hidden else entry,
+            tree,
+            is_leaf=lambda path, _: path in hidden,
+            is_leaf_takes_path=True,
+        )
+        return jax.tree.leaves(jax.tree.broadcast(visible, params))
     except ValueError as error:
         raise ValueError(
             f"{name} must be shaped like params, or a prefix of it; got"
             f" {jax.tree.structure(tree)} for params {jax.tree.structure(params)}."
         ) from error
-    return [label for label, slot in pairs if not is_masked(slot)]
-
-
-def _hide_masked(tree: PyTree, params: PyTree) -> PyTree:
-    """``tree`` with `optax.MaskedNode` wherever ``params`` have it, for whole subtrees too."""
-    slots, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked)
-    hidden = {path for path, slot in slots if is_masked(slot)}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: optax.MaskedNode() if path in hidden else leaf,
-        tree,
-        is_leaf=lambda path, _: path in hidden,
-        is_leaf_takes_path=True,
-    )
 
 
 def check_structure(name: str, tree: PyTree, expected: PyTree) -> None:
     """Raises `ValueError` unless ``tree`` has the structure and the shapes of ``expected``."""
-    structure: Any = jax.tree.structure(tree)
-    if tree is None and structure != jax.tree.structure(expected):
+
+    def described(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
+        return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+    if described(tree) == described(expected):
+        return
+    if tree is None:
         raise ValueError(f"{name} is missing: call tx.update(grads, state, params, value_fn=...).")
-    if structure != jax.tree.structure(expected):
-        raise ValueError(
-            f"{name} must have the structure that `init` saw, {jax.tree.structure(expected)}; got"
-            f" {structure}. Call tx.init(params) again when the model changes."
-        )
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
-    expected_shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(expected)]
-    if shapes != expected_shapes:
-        raise ValueError(
-            f"{name} must have the shapes that `init` saw, {expected_shapes}; got {shapes}."
-        )
+    raise ValueError(
+        f"{name} must have the structure and the shapes that `init` saw, {described(expected)};"
+        f" got {described(tree)}. Call tx.init(params) again when the model changes."
+    )
 
 
 def _labels(layers: LayerSpec, params: PyTree) -> Sequence[Hashable]:
@@ -270,17 +245,14 @@ def _labels(layers: LayerSpec, params: PyTree) -> Sequence[Hashable]:
             " optax.inject_hyperparams(lama_adam, static_args='layers')(..., layers=function)."
         )
     matched = match_to_params("layers", labels, params)
-    for label in matched:
-        if not isinstance(label, str | int | np.integer):
-            raise ValueError(f"layers must hold strings or integers as labels; got {label!r}.")
+    wrong = [label for label in matched if not isinstance(label, str | int | np.integer)]
+    if wrong:
+        raise ValueError(f"layers must hold strings or integers as labels; got {wrong[0]!r}.")
     return matched
 
 
 def _open_boxes(paths: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Drops the last key where it only unwraps a box (`nnx.Variable`, `nn.Partitioned`).
-
-    Such a box has one child, the attribute ``value``; it is no module.
-    """
+    """Drops the last key, ``value``, where it unwraps a box (`nnx.Variable`, `nn.Partitioned`)."""
     siblings = collections.Counter(path[:-1] for path in paths)
     box = jax.tree_util.GetAttrKey("value")
     return [
@@ -305,23 +277,13 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
 
 
-def _drop_root(names: Sequence[str]) -> list[str]:
-    """Drops the collection name of Flax variables, ``params/``, where every name has it."""
-    if all(name.startswith("params/") for name in names):
-        return [name.removeprefix("params/") for name in names]
-    return list(names)
-
-
 def unique_names(names: Sequence[str]) -> tuple[str, ...]:
     """Numbers repeated names (``{"a/b": ...}`` beside ``{"a": {"b": ...}}``), the first kept."""
-    taken: set[str] = set(names)
-    seen: set[str] = set()
-    unique = []
+    taken, unique = set(names), dict[str, None]()
     for name in names:
         candidate, n = name, 1
-        while candidate in seen or (n > 1 and candidate in taken):
+        while candidate in unique or (n > 1 and candidate in taken):
             n += 1
             candidate = f"{name}#{n}"
-        seen.add(candidate)
-        unique.append(candidate)
+        unique[candidate] = None
     return tuple(unique)

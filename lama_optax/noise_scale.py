@@ -10,27 +10,19 @@ from jax.typing import ArrayLike
 
 from lama_optax._checks import check_count, check_number
 from lama_optax._jaxpr.channels_last import channels_last
-from lama_optax._jaxpr.interpret import names_in
 from lama_optax.curvature.average import Average, absorb, keep
 from lama_optax.curvature.interval import Interval
-from lama_optax.curvature.protocol import (
-    check_own_part,
-    check_visible,
-    unreduced,
-)
+from lama_optax.curvature.protocol import operations_of_own_part, unreduced
 from lama_optax.layers import Layers, LayerSpec, match_to_params, resolve_layers
 
 PyTree = Any
 
 
 class NoiseScaleState(NamedTuple):
-    """State of `track_noise_scale`: of L layers, in the order of `layer_names`, and their total.
+    """State of `track_noise_scale`: of L layers, in the order of `layer_names`, and their total."""
 
-    All of it is finite. Dtypes are float32, or float64 where a parameter is.
-    """
-
-    # shape=(), dtype=int32; updates made. The name is optax's; it hides tuple.count.
-    count: jax.Array  # type: ignore[assignment]
+    # All of it is finite: float32, or float64 where a parameter is.
+    count: jax.Array  # type: ignore[assignment] # shape=(), dtype=int32; updates made
     mean: jax.Array  # shape=(2, L + 1); averages of tr(Sigma) / scale and of |G|^2 / scale
     spread: jax.Array  # shape=(2, 2, L + 1); weighted covariance of the estimates in them
     weight: jax.Array  # shape=(L + 1,); sum of the averages' weights, 0 before an estimate
@@ -87,21 +79,16 @@ def track_noise_scale(
     others, s and m are averaged after division by a quick average of :math:`\lVert g \rVert^2` over
     the estimates before. (By their own it would bias the ratio where B is small.)
 
-    Place it first in a chain: it needs the gradient as it is. One that clipping or a learning rate
-    has made smaller makes :math:`\lVert G \rVert^2` too small, so that the noise scale is too large
-    or not known. With ``group_gradients`` it is not known, or, without ``axis_name``, right.
-
-    Under BatchNorm signs measure total derivatives of :math:`\ell_i`, through the statistics of the
-    whole batch; with groups each group has statistics of its own.
+    Place it first in a chain: of a gradient that clipping or a learning rate has made smaller the
+    noise scale is too large or not known. Under BatchNorm signs measure total derivatives, through
+    the whole batch's statistics; each group has its own.
 
     Args:
-      layers: what one layer is: ``"module"``, ``"leaf"``, a tree of labels or a function of
-        params that returns one; see `layer_names`.
+      layers: what one layer is, see `layer_names`.
       update_interval: estimate by signs at every n-th step, from the first. Groups are averaged at
         every step, whatever it is.
-      decay: d, decay of the bias-corrected moving average over the estimates, in [0, 1). The noise
-        scale grows while gradients shrink, and an average over the last ``1 / (1 - d)`` estimates
-        lags behind it. 0 keeps the last estimate alone, of which nothing is known.
+      decay: d, decay of the bias-corrected moving average over the estimates, in [0, 1), which
+        lags behind by ``1 / (1 - d)`` of them. 0 keeps the last alone, of which nothing is known.
       axis_name: name of the mapped axis inside `jax.shard_map` or `jax.pmap`. Each device then
         draws signs of its own, or passes its own groups, one or more; updates are the mean over
         all, and L + 1 numbers travel. Plain `jit` over sharded arrays needs none.
@@ -118,8 +105,6 @@ def track_noise_scale(
         jax.checkpoint(lambda b: losses(p, b)), micro_batches))``;
       * or ``group_gradients``, shaped like params with a leading axis of groups of equal size, and
         ``batch_size``, the examples of all groups (of all devices); see `grouped_value_and_grad`.
-
-      Other keywords are ignored.
 
     Raises:
       ValueError: for an argument that is not allowed or is missing, losses that are reduced, or
@@ -220,20 +205,15 @@ def _by_signs(
             " losses_fn=lambda params: the losses, not reduced; or group_gradients and batch_size,"
             f" from grouped_value_and_grad. Got losses_fn={losses_fn!r}."
         )
-    check_visible("losses_fn", params)
-    closed = jax.make_jaxpr(losses_fn)(params)
-    check_own_part("losses_fn", closed)
+    operations = operations_of_own_part("losses_fn", losses_fn, params)
 
     def signed_sum(p: PyTree) -> tuple[jax.Array, jax.Array]:
-        losses, weights = unreduced("losses_fn", losses_fn(p))
-        weights = jnp.ones_like(losses) if weights is None else weights
-        weights = jax.lax.stop_gradient(weights.astype(layers.dtype))
-        losses = jnp.where(weights > 0, losses.astype(layers.dtype), 0)  # padding may hold anything
+        losses, weights = unreduced("losses_fn", losses_fn(p), layers.dtype)
         axes = tuple(range(1, losses.ndim))
         signs = jax.random.rademacher(key, losses.shape[:1], layers.dtype)
         return jnp.sum(signs * jnp.sum(weights * losses, axes)), jnp.sum(weights, axes)
 
-    gradient, weights = channels_last(jax.grad(signed_sum, has_aux=True), names_in(closed))(params)
+    gradient, weights = channels_last(jax.grad(signed_sum, has_aux=True), operations)(params)
     found = _squares(layers, gradient), jnp.sum(weights), jnp.sum(jnp.square(weights))
     num_examples = weights.size
     if axis_name is not None:

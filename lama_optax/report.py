@@ -1,5 +1,6 @@
 """What an optimizer's state knows of each layer, ready for a logger."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 from lama_optax.curvature.average import widened_share
 from lama_optax.curvature.track import CurvatureState
-from lama_optax.layers import LayerSpec, is_masked, resolve_layers, unique_names
+from lama_optax.layers import Layers, LayerSpec, is_masked, resolve_layers, unique_names
 from lama_optax.noise_scale import NoiseScaleState
 from lama_optax.optimizers.lama import LamaState
 
@@ -23,8 +24,7 @@ def layer_report(
 
     Args:
       opt_state: any optax state that holds the state of `track_curvature`, `lama_scale` or
-        `lama_adam`, one or more, however deep: in a `optax.chain`, under `optax.masked`,
-        `optax.MultiSteps` and so on.
+        `lama_adam`, one or more, however deep.
       params: the parameters that the state was made for. Where a wrapper hid a part of them from
         `track_curvature`, put `optax.MaskedNode` in its place.
       layers: the same as the optimizer's.
@@ -51,9 +51,7 @@ def layer_report(
       >>> sorted(layer_report(state, params, flat=True))
       ['alpha/Dense_0', 'momentum/Dense_0']
     """
-    kinds = CurvatureState | LamaState
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
-    states = [node for node in nodes if isinstance(node, kinds)]
+    states = _states(opt_state, CurvatureState | LamaState)
     if not states:
         raise ValueError(
             "opt_state must hold the state of track_curvature, lama_scale or lama_adam; none was"
@@ -62,9 +60,7 @@ def layer_report(
     names: list[str] = []
     rows: list[Row] = []
     for state in states:
-        # From leaves, since nnx.Optimizer wraps every array of its state.
-        tracker = state.tracker if isinstance(state, LamaState) else state
-        tracker = CurvatureState(*jax.device_get(jax.tree.leaves(tracker)))
+        tracker = _on_host(state.tracker if isinstance(state, LamaState) else state)
         columns = {
             "curvature": np.where(tracker.weight > 0, tracker.curvature, np.nan),
             "std_error": np.asarray(tracker.std_error),
@@ -72,20 +68,17 @@ def layer_report(
         if isinstance(state, LamaState):
             alpha, momentum = jax.device_get(jax.tree.leaves((state.alpha, state.momentum)))
             columns |= {"alpha": alpha, "momentum": momentum}
-        visible = _visible_params(state, params)
-        partition = resolve_layers(layers, visible)
-        if len(partition.names) != len(tracker.curvature):
-            raise ValueError(
-                f"layers must be what the optimizer was given; it has {len(tracker.curvature)}"
-                f" layers, layers={layers!r} gives {len(partition.names)}."
-            )
+            params_of_state = _visible_params(state, params)
+        else:
+            params_of_state = params
+        partition = _partition(layers, params_of_state, len(tracker.curvature), "the optimizer")
         names += partition.names
         for size, *values in zip(partition.sizes, *columns.values(), strict=True):
             known = [float(x) if np.isfinite(x) else None for x in values]
             rows.append(dict(zip(columns, known, strict=True)) | {"size": size})
     # Two states may each hold a part of one module: its kernel and its bias, say.
     report = dict(zip(unique_names(names), rows, strict=True))
-    return _flat(report, {"std_error": "curvature_std_error"}) if flat else report
+    return _flat(report, "curvature") if flat else report
 
 
 def noise_report(
@@ -113,9 +106,8 @@ def noise_report(
       method, "at_least": ..., "at_most": ...}``, as Python numbers, for `json.dumps`. The last two
       are the ends of Fieller's 95 % interval for a ratio. What is not known is None: ``at_most``
       where :math:`\lVert G \rVert^2` may be 0, ``at_least`` where :math:`\operatorname{tr}(\Sigma)`
-      may be, the other two where either may; all of them before the third estimate. With ``flat``:
-      ``{"noise_scale/total": ..., "noise_scale_std_error/total": ..., "noise_scale_at_least/...":
-      ..., "noise_scale_at_most/...": ...}``, without what is not known. Call it outside `jax.jit`.
+      may be, the other two where either may; all of them before the third estimate. With ``flat``,
+      without these: ``{"noise_scale/total": ..., "noise_scale_at_least/total": ...}``.
 
     Raises:
       ValueError: if ``opt_state`` does not hold one such state, or ``layers`` do not fit it.
@@ -130,20 +122,13 @@ def noise_report(
       >>> list(report)
       ['total', 'Dense_0']
     """
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, NoiseScaleState))
-    states = [node for node in nodes if isinstance(node, NoiseScaleState)]
+    states = _states(opt_state, NoiseScaleState)
     if len(states) != 1:
         raise ValueError(
             f"opt_state must hold the state of track_noise_scale once; found {len(states)}."
         )
-    # From leaves, since nnx.Optimizer wraps every array of its state.
-    state = NoiseScaleState(*jax.device_get(jax.tree.leaves(states[0])))
-    names = resolve_layers(layers, params).names
-    if len(names) + 1 != len(state.weight):
-        raise ValueError(
-            f"layers must be what track_noise_scale was given; it has {len(state.weight) - 1}"
-            f" layers, layers={layers!r} gives {len(names)}."
-        )
+    state = _on_host(states[0])
+    names = _partition(layers, params, len(state.weight) - 1, "track_noise_scale").names
     factor, known = (np.asarray(x, np.float64) for x in widened_share(state.average))
     mean, spread = (np.asarray(x, np.float64) for x in (state.mean, state.spread))
     unknown: Row = dict.fromkeys(("noise_scale", "std_error", "at_least", "at_most"))
@@ -152,8 +137,7 @@ def noise_report(
         for i in (-1, *range(len(names)))
     ]
     report = dict(zip(unique_names(["total", *names]), rows, strict=True))
-    prefix = {column: f"noise_scale_{column}" for column in ("std_error", "at_least", "at_most")}
-    return _flat(report, prefix) if flat else report
+    return _flat(report, "noise_scale") if flat else report
 
 
 def _ratio(mean: np.ndarray, variance: np.ndarray) -> Row:
@@ -179,35 +163,54 @@ def _ratio(mean: np.ndarray, variance: np.ndarray) -> Row:
     return row
 
 
-def _flat(report: dict[str, Row], prefix: dict[str, str]) -> dict[str, float]:
+def _states(opt_state: PyTree, kinds: Any) -> list[Any]:
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
+    return [node for node in nodes if isinstance(node, kinds)]
+
+
+def _on_host(state: Any) -> Any:
+    """From leaves, since nnx.Optimizer wraps every array of its state."""
+    return type(state)(*jax.device_get(jax.tree.leaves(state)))
+
+
+def _partition(layers: LayerSpec, params: PyTree, num_layers: int, owner: str) -> Layers:
+    partition = resolve_layers(layers, params)
+    if len(partition.names) != num_layers:
+        raise ValueError(
+            f"layers must be what {owner} was given; it has {num_layers} layers, layers={layers!r}"
+            f" gives {len(partition.names)}."
+        )
+    return partition
+
+
+def _flat(report: dict[str, Row], quantity: str) -> dict[str, float]:
+    """One number a name, such as ``curvature_std_error/Dense_0``; what is not known is left out."""
+    own = {column: f"{quantity}_{column}" for column in ("std_error", "at_least", "at_most")}
     return {
-        f"{prefix.get(column, column)}/{name}": value
+        f"{own.get(column, column)}/{name}": value
         for name, row in report.items()
         for column, value in row.items()
         if column != "size" and value is not None
     }
 
 
-def _visible_params(state: CurvatureState | LamaState, params: PyTree) -> PyTree:
-    """``params`` without the parts that `optax.masked` hid from this state, where it shows them."""
-    if isinstance(state, CurvatureState):
-        return params
-    moments = jax.tree.leaves(state.mu, is_leaf=is_masked)
-    try:
-        if any(is_masked(moment) for moment in moments):
-            params = jax.tree.map(
+def _visible_params(state: LamaState, params: PyTree) -> PyTree:
+    """``params`` without the parts that `optax.masked` hid from this state."""
+
+    def shapes(tree: PyTree) -> list[tuple[int, ...]]:
+        return [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+    visible = params
+    if any(is_masked(moment) for moment in jax.tree.leaves(state.mu, is_leaf=is_masked)):
+        with contextlib.suppress(ValueError):
+            visible = jax.tree.map(
                 lambda moment, p: moment if is_masked(moment) else p,
                 *(state.mu, params),
                 is_leaf=is_masked,
             )
-        fits = [jnp.shape(m) for m in jax.tree.leaves(state.mu)] == [
-            jnp.shape(p) for p in jax.tree.leaves(params)
-        ]
-    except ValueError:
-        fits = False
-    if not fits:
+    if shapes(visible) != shapes(state.mu):
         raise ValueError(
             "params must be those that opt_state was made for, of structure"
             f" {jax.tree.structure(state.mu)}; got {jax.tree.structure(params)}."
         )
-    return params
+    return visible

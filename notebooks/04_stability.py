@@ -399,9 +399,8 @@ def library_matrix(a, b, form):
         params, mu = ({k: row[i] for i, k in enumerate(names)} for row in z.reshape(2, -1))
         state = tx.init(params)
         # Long after the start; the next v is 1, so that P = 1 and the rate, 1, is in A.
-        late = state._replace(
-            count=jnp.asarray(10**6, jnp.int32), weight_sum=jnp.ones_like(state.weight_sum)
-        )
+        tracker = state.tracker._replace(count=jnp.asarray(10**6, jnp.int32))
+        late = state._replace(tracker=tracker, weight_sum=jnp.ones_like(state.weight_sum))
         late = late._replace(mu=mu, nu=jax.tree.map(lambda p: jnp.full_like(p, 1 / B2), params))
         x = jnp.stack([params[k] for k in names])
         grads = dict(zip(names, a @ x, strict=True))

@@ -88,3 +88,16 @@ MODELS = {"mlp": mlp, "convolution": convolution, "attention": attention}
 def compiled_curvature(params, key=0, **options):
     """`layer_curvature` as one program; operation by operation hundreds would be compiled."""
     return jax.jit(functools.partial(layer_curvature, **options))(params, key)
+
+
+def over_seeds(seeds, params, loss_fn, *estimators):
+    """Estimates for many keys, as NumPy arrays: one compilation, the keys shared by all."""
+    keys = jax.random.split(jax.random.key(0), seeds)
+
+    def estimate(key):
+        return [
+            layer_curvature(params, key, estimator=estimator, value_fn=loss_fn)
+            for estimator in estimators
+        ]
+
+    return jax.tree.map(np.asarray, jax.jit(jax.vmap(estimate))(keys))

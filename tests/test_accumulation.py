@@ -84,6 +84,7 @@ def test_the_estimate_is_that_of_the_whole_batch(x64):
         assert not np.allclose(first[2].mean, whole[2].mean, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_training_run_is_that_of_the_whole_batch(x64):
     # A sensitivity that moves alpha from 1 by tenths.
     tx = lama_adam(0.03, sensitivity=2.0, estimator=exact_trace(), update_interval=1)
@@ -208,6 +209,7 @@ def test_update_interval_skips_whole_estimates(counted):
     assert counter.of(train, params) == 2 * NUM_PROBES * needs["mean"][1]
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_multi_steps_estimates_at_every_micro_step_and_keeps_the_last(counted):
     """The trap that `mean_value_fn` is for: n estimates, of which n - 1 are thrown away."""
@@ -257,7 +259,7 @@ def test_multi_steps_estimates_at_every_micro_step_and_keeps_the_last(counted):
 def test_memory_stays_near_that_of_one_micro_batch():
     n, size, width = 16, 256, 32
     batch = jnp.zeros((n * size, width))
-    params = {f"Dense_{i}": {"kernel": jnp.zeros((width, width))} for i in range(4)}
+    params = {f"Dense_{i}": {"kernel": jnp.zeros((width, width))} for i in range(2)}
 
     def deep_loss(params, x):
         for layer in params.values():

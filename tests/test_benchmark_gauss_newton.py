@@ -16,7 +16,7 @@ from benchmarks.traces._jax import sums_by_layer
 from lama_optax import gauss_newton, layer_curvature
 
 # Flax and optax promote implicitly.
-pytestmark = pytest.mark.standard_promotion
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.slow]
 
 
 def _exact(model):

@@ -1,5 +1,6 @@
 """What the compiled step does not do: copy moments, evaluate twice, grow with the probes."""
 
+import functools
 import re
 
 import jax
@@ -13,6 +14,7 @@ from lama_optax import flipout, hutchinson, lama_adam, layer_curvature
 # optax.adam promotes implicitly.
 pytestmark = pytest.mark.standard_promotion
 
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 # No other array of the step has one of these shapes.
 SHAPES = {"first": (24, 40), "second": (40, 56), "third": (56, 8)}
 BATCH = jnp.ones((16, 24))
@@ -57,7 +59,9 @@ def copies(compiled):
     return {(shape, operand.partition("__")[0]) for shape, operand in found}
 
 
-@pytest.mark.parametrize("estimator", [hutchinson(2), flipout()], ids=["hutchinson", "flipout"])
+@pytest.mark.parametrize(
+    "estimator", [hutchinson(2), SLOW(flipout())], ids=["hutchinson", "flipout"]
+)
 def test_a_skipped_step_copies_no_moments(estimator):
     """What leaves the `cond` is of length L, and nothing is copied for it."""
     compiled = compiled_step(lama_adam(1e-3, estimator=estimator, update_interval=10))
@@ -103,7 +107,7 @@ def test_the_estimate_shares_the_gradients_evaluation():
 
 
 # In a loop "block" keeps all of the forward pass, which one probe's program need not.
-@pytest.mark.parametrize(("scope", "few", "ratio"), [("joint", 1, 1.3), ("block", 2, 1.1)])
+@pytest.mark.parametrize(("scope", "few", "ratio"), [("joint", 1, 1.3), SLOW("block", 2, 1.1)])
 def test_many_probes_need_the_memory_of_one(scope, few, ratio):
     def temporaries(num_probes):
         estimator = hutchinson(num_probes, scope=scope)
@@ -113,7 +117,7 @@ def test_many_probes_need_the_memory_of_one(scope, few, ratio):
     assert temporaries(64) <= ratio * temporaries(few)
 
 
-DEEP = {f"layer_{i}": {"kernel": jnp.full((32, 32), 0.1), "bias": jnp.zeros(32)} for i in range(16)}
+DEEP = {f"layer_{i}": {"kernel": jnp.full((32, 32), 0.1), "bias": jnp.zeros(32)} for i in range(8)}
 SEQUENCES = jnp.ones((32, 16, 32))
 
 
@@ -131,6 +135,7 @@ def deep_temporaries(fn):
     return jax.jit(fn).lower(DEEP).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_many_probes_hold_no_forward_pass_beside_their_own():
     """XLA would evaluate before the loop what its turns share, and hold it beside them."""
 

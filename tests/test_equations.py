@@ -38,14 +38,15 @@ def test_reference_gradient_and_traces_are_those_of_jax(seed):
 
     # Sums of some hundred terms of order 1, each rounded at 1e-16.
     tight = {"rtol": 1e-11, "atol": 1e-13}
-    expected = jax.grad(loss)(problem.params)
+    expected = jax.jit(jax.grad(loss))(problem.params)
     for layer, leaves in reference.gradient(problem.params, problem).items():
         for name, leaf in leaves.items():
             np.testing.assert_allclose(leaf, expected[layer][name], **tight)
 
     for layer, trace in reference.traces(problem.params, problem).items():
         flat, unravel = jax.flatten_util.ravel_pytree(problem.params[layer])
-        hessian = jax.hessian(lambda w: loss({**problem.params, layer: unravel(w)}))(flat)  # noqa: B023 - called at once
+        of_layer = lambda w: loss({**problem.params, layer: unravel(w)})  # noqa: B023, E731 - called at once
+        hessian = jax.jit(jax.hessian(of_layer))(flat)
         np.testing.assert_allclose(trace, np.trace(hessian), **tight)
 
 

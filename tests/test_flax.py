@@ -7,7 +7,14 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from lama_optax import exact_trace, layer_report, supervised, track_curvature
+from lama_optax import (
+    exact_trace,
+    flipout,
+    layer_curvature,
+    layer_report,
+    supervised,
+    track_curvature,
+)
 from lama_optax.flax import TrainState, nnx_apply_fn
 
 # Flax and optax promote implicitly.
@@ -115,6 +122,33 @@ def test_nnx_optimizer_tracks_the_curvature():
     expected = head_curvature(lambda params: apply_fn(params, X), params)
     optimizer_.update(model, jax.grad(task["value_fn"])(params), **task)
     assert tracked(optimizer_.opt_state, params) == pytest.approx([expected], rel=1e-5)
+
+
+def test_flipout_with_dropout_sees_one_mask():
+    """For each example as it is called; the mask is the same at every evaluation."""
+
+    class Small(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.dropout, self.head = nnx.Dropout(0.5, rngs=rngs), nnx.Linear(2, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(self.dropout(x))
+
+    model = Small()
+    params, task = nnx.state(model, nnx.Param), supervised(nnx_apply_fn(model), X, Y)
+
+    def of_examples(params):
+        return jnp.mean(jax.vmap(lambda e: task["example_value_fn"](params, e))(task["batch"]))
+
+    @jax.jit
+    def both(params):
+        exact = layer_curvature(params, 0, estimator=exact_trace(), value_fn=of_examples)
+        return exact.mean, layer_curvature(params, 1, estimator=flipout(300), **task)
+
+    exact, found = both(params)
+    assert (jnp.abs(found.mean - exact) < 5 * found.std_error).all()
+    assert (found.std_error < 0.1 * exact).all()
 
 
 def test_wrt_that_selects_nothing():

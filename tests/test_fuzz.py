@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 NUM_PROGRAMS = 220
 # Few that compile fast; all others run in `make test-all`.
-QUICK = (12, 13, 16, 18)
+QUICK = (18,)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,7 @@ def test_estimates_are_exact_or_unbiased(seed):
     assert not wrong, "\n".join([f"seed {seed}:", *chosen.description, *wrong])
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_a_bias(monkeypatch):
     traces = compare._traces
     monkeypatch.setattr(
@@ -42,6 +43,7 @@ def test_the_comparison_sees_a_bias(monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_the_programs_hold_every_part():
     seeds = range(NUM_PROGRAMS)
     names = {name.partition("_")[2] for seed in seeds for name in program(seed).params}

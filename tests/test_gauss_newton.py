@@ -16,6 +16,8 @@ from lama_optax.curvature import gauss_newton as gauss_newton_module
 # Flax's layers promote implicitly.
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("x64")]
 
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
+
 
 def _normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape)
@@ -163,7 +165,7 @@ def _by_layer(model, diagonal):
     return [means[name.replace("[", "/").rstrip("]")] for name in names]
 
 
-@pytest.mark.parametrize("model", [cnn, relu_mlp, embedding])
+@pytest.mark.parametrize("model", [relu_mlp, embedding, SLOW(cnn)])
 def test_is_the_hessians_where_outputs_are_piecewise_linear(model):
     params, outputs, loss, batch, _ = model()
     flat, unravel = ravel_pytree(params)
@@ -181,7 +183,7 @@ def test_is_the_hessians_where_outputs_are_piecewise_linear(model):
     assert np.all(found.std_error == 0)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, SLOW(jnp.float16)])
 def test_parameters_may_be_wider_than_the_arithmetic(dtype):
     params, _, loss, batch, layers = cnn()
     images = batch[0].astype(jnp.float32), batch[1]
@@ -202,7 +204,7 @@ def test_parameters_may_be_wider_than_the_arithmetic(dtype):
     np.testing.assert_allclose(estimated(dtype), estimated(jnp.float32), rtol=limit)
 
 
-@pytest.mark.parametrize("model", [tanh_mlp, transformer, scans])
+@pytest.mark.parametrize("model", [tanh_mlp, scans, SLOW(transformer)])
 def test_is_the_gauss_newton_matrix_of_any_network(model):
     params, outputs, loss, batch, _ = model()
     flat, unravel = ravel_pytree(params)

@@ -109,7 +109,7 @@ def test_layers_that_are_not_known_are_named():
         layer_curvature(PARAMS, 0, estimator=Normal(0.1, 5.0), relative_error=0.1, share=0.5)
 
 
-@pytest.mark.parametrize("spread", [0.6, 2.0])
+@pytest.mark.parametrize("spread", [0.6, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_interval_of_a_mean_that_stopped_by_itself(spread):
     """90 to 98 % of 500 runs, though each stopped when its standard error looked small."""
     rng, held = np.random.default_rng(0), []

@@ -4,7 +4,6 @@ The reference is `jax.hessian` of the raveled loss in double precision, cut into
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +11,12 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from jax.flatten_util import ravel_pytree
+from parts import Part, draw, exact_means, tanh_with_vjp, with_activation
 
 from lama_optax import exact_trace, hutchinson, lama_adam, layer_curvature
 
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 double = functools.partial(jnp.asarray, dtype=jnp.float64)
-
-
-class Part(NamedTuple):
-    """A small model with the part in question."""
-
-    params: object
-    value_fn: object
-    has_aux: bool = False
-    reference: object = None  # the same function where `value_fn` has no second derivative
-
-
-def draw(seed):
-    rng = np.random.default_rng(seed)
-    return lambda *shape: jnp.asarray(rng.normal(size=shape))
 
 
 class BatchNormNet(nn.Module):
@@ -123,20 +109,6 @@ def rnn(seed, wrap=lambda cell: cell):
     return Part(params, value_fn)
 
 
-def with_activation(activation, seed, reference=jnp.tanh):
-    params = {"inner": {"kernel": draw(seed)(2, 3)}, "outer": {"kernel": draw(seed + 1)(3, 1)}}
-    x, y = draw(seed + 2)(6, 2), draw(seed + 3)(6, 1)
-
-    def loss_with(activation):
-        def value_fn(p):
-            h = activation(x @ p["inner"]["kernel"])
-            return jnp.mean((h @ p["outer"]["kernel"] - y) ** 2)
-
-        return value_fn
-
-    return Part(params, loss_with(activation), reference=loss_with(reference))
-
-
 @jax.custom_jvp
 def tanh_with_jvp(x):
     return jnp.tanh(x)
@@ -146,28 +118,6 @@ def tanh_with_jvp(x):
 def _(primals, tangents):
     y = tanh_with_jvp(primals[0])
     return y, (1 - y**2) * tangents[0]
-
-
-@jax.custom_vjp
-def tanh_with_vjp(x):
-    """Its rules are plain JAX and can be differentiated again."""
-    return jnp.tanh(x)
-
-
-tanh_with_vjp.defvjp(
-    lambda x: (jnp.tanh(x), jnp.tanh(x)), lambda y, cotangent: (cotangent * (1 - y**2),)
-)
-
-
-@jax.custom_vjp
-def tanh_without_jvp(x):
-    """Its rules call a custom_vjp, as those of fused kernels do: no JVP of its gradient."""
-    return tanh_with_vjp(x)
-
-
-tanh_without_jvp.defvjp(
-    lambda x: (tanh_with_vjp(x),) * 2, lambda y, cotangent: (cotangent * (1 - y**2),)
-)
 
 
 PARTS = {
@@ -182,17 +132,12 @@ PARTS = {
 }
 
 
-def exact_means(params, value_fn):
-    """The mean of the Hessian's diagonal over each module; modules in order, as jax flattens."""
-    flat, unravel = ravel_pytree(params)
-    hessian = jax.jit(jax.hessian(lambda x: value_fn(unravel(x))))(flat)
-    diagonal = unravel(jnp.diag(hessian))
-    return np.asarray([ravel_pytree(diagonal[name])[0].mean() for name in sorted(diagonal)])
+QUICK = ("batch_norm", "tied", "rnn", "custom_vjp")
 
 
 # flax promotes implicitly.
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", [x if x in QUICK else SLOW(x) for x in PARTS])
 def test_curvature_is_the_hessians(x64, name):
     part = PARTS[name](seed=0)
     reference = part.reference or part.value_fn
@@ -219,6 +164,7 @@ def test_curvature_is_the_hessians(x64, name):
 
 
 @pytest.mark.standard_promotion
+@pytest.mark.slow
 def test_another_dropout_key_is_another_curvature(x64):
     """What makes the dropout case above a test of the mask."""
     masks = [dropout(0, key) for key in (0, 1)]
@@ -261,7 +207,7 @@ def frozen_by_masks(tx):
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("freeze", [frozen_by_partition, frozen_by_masks])
+@pytest.mark.parametrize("freeze", [frozen_by_partition, SLOW(frozen_by_masks)])
 def test_frozen_leaves_stay_and_the_others_get_their_own_curvature(x64, freeze):
     part = rnn(0)
     tx = freeze(lama_adam(0.03, sensitivity=1.0, update_interval=1))
@@ -297,102 +243,3 @@ def test_a_frozen_part_can_be_closed_over(x64):
 
     c = layer_curvature(head, 0, estimator=exact_trace(), value_fn=value_fn)
     np.testing.assert_allclose(c.mean, exact_means(part.params, part.value_fn)[1:], rtol=1e-12)
-
-
-# -- no second derivative ----------------------------------------------------------------------
-
-
-@jax.custom_vjp
-def tanh_on_host(x):
-    """A custom_vjp around a callback: jax reports the missing JVP as a ValueError of its own."""
-    return _on_host(x)
-
-
-def _on_host(x):
-    return jax.pure_callback(np.tanh, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
-
-
-tanh_on_host.defvjp(lambda x: (_on_host(x),) * 2, lambda y, cotangent: (cotangent * (1 - y**2),))
-
-
-@pytest.mark.parametrize("scanned", [False, True], ids=["plain", "scan"])
-@pytest.mark.parametrize(
-    ("estimator", "activation"),
-    [
-        pytest.param(hutchinson(1), tanh_without_jvp, id="nested-vmapped"),
-        # In a loop, which is how large models are estimated, jax reports it while it compiles.
-        pytest.param(hutchinson(2, chunk_size=1), tanh_without_jvp, id="nested-loop"),
-        pytest.param(hutchinson(1, scope="block"), tanh_without_jvp, id="nested-block"),
-        pytest.param(exact_trace(), tanh_without_jvp, id="nested-exact"),
-        pytest.param(hutchinson(1), tanh_on_host, id="callback-vmapped"),
-        pytest.param(exact_trace(), tanh_on_host, id="callback-exact"),
-    ],
-)
-def test_every_estimator_names_both_remedies(estimator, activation, scanned):
-    params, value_fn, *_ = with_activation(activation, seed=0)
-    params = optax.tree.cast(params, jnp.float32)
-    if scanned:
-        loss, value_fn = value_fn, lambda p: _scanned(loss, p)
-    with pytest.raises(ValueError, match=r"hvp='finite_difference'.*value_fn that does without"):
-        jax.jit(lambda p: layer_curvature(p, 0, estimator=estimator, value_fn=value_fn).mean).lower(
-            params
-        )  # before anything is compiled
-
-
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
-def test_custom_vjp_without_jvp_names_both_remedies(jitted):
-    params, value_fn, *_ = with_activation(tanh_without_jvp, seed=0)
-    params = optax.tree.cast(params, jnp.float32)
-    tx = lama_adam(0.1, update_interval=1)
-    update = functools.partial(tx.update, value_fn=value_fn)
-    with pytest.raises(ValueError, match="cannot be differentiated twice") as error:
-        (jax.jit(update) if jitted else update)(params, tx.init(params), params)
-    assert "hutchinson(hvp='finite_difference')" in str(error.value)
-    assert "value_fn that does without the operation" in str(error.value)
-    assert "custom_vjp" in str(error.value)
-
-
-def _scanned(loss, params):
-    return jax.lax.scan(lambda total, _: (total + loss(params), None), 0.0, length=2)[0]
-
-
-def test_finite_differences_do_work_there(x64):
-    part = with_activation(tanh_without_jvp, seed=0)
-    estimator = hutchinson(32, hvp="finite_difference", fd_step=1e-6)
-    expected = exact_means(part.params, part.reference)
-
-    @jax.jit
-    def both(params, key):
-        return [
-            layer_curvature(params, key, estimator=e, value_fn=f)
-            for e, f in [(estimator, part.value_fn), (hutchinson(32), part.reference)]
-        ]
-
-    for seed in range(3):
-        actual, analytic = both(part.params, jax.random.key(seed, impl="rbg"))
-        # Probe for probe the analytic product: the difference quotient is off by delta times a
-        # third derivative of size 1, summed over N entries, and by 1e-16/delta of rounding.
-        np.testing.assert_allclose(actual.mean, analytic.mean, atol=1e-5)
-        assert (np.abs(actual.mean - expected) < 5 * actual.std_error).all()
-
-
-def test_a_separate_value_fn_does_work_there(x64):
-    """The gradient of the fused operation, the curvature of its plain form."""
-    part = with_activation(tanh_without_jvp, seed=0)
-    tx = lama_adam(0.03, sensitivity=1.0, estimator=exact_trace(), update_interval=1)
-    params = part.params
-
-    @jax.jit
-    def step(params, state):
-        grads = jax.grad(part.value_fn)(params)
-        updates, state = tx.update(grads, state, params, value_fn=part.reference)
-        return optax.apply_updates(params, updates), state
-
-    state = tx.init(params)
-    for _ in range(40):
-        before = params
-        params, state = step(params, state)
-    assert part.value_fn(params) < 0.6 * part.value_fn(part.params)
-    np.testing.assert_allclose(
-        state[0].curvature, exact_means(before, part.reference), rtol=1e-10, atol=1e-12
-    )

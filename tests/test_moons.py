@@ -136,6 +136,7 @@ def test_defaults_are_the_papers():
 SMALL = Settings(seeds=3, epochs=2)
 
 
+@pytest.mark.slow
 def test_runs_do_not_depend_on_how_many_there_are():
     """Seed 42 is the same run whatever --seeds says, and twice the same."""
     few, more = make_runs(SMALL), make_runs(Settings(seeds=5, epochs=2))
@@ -177,6 +178,7 @@ def test_loss_of_a_padded_batch_is_the_mean_over_its_points():
     np.testing.assert_allclose(padded, plain, rtol=1e-5)  # float32, logarithms of a sigmoid
 
 
+@pytest.mark.slow
 def test_training_is_the_loop_that_a_reader_would_write():
     run = jax.tree.map(lambda a: a[0], make_runs(SMALL))
     history = jax.jit(lambda run: train_one(run, 1e-3, 0.01, arm="adam", settings=SMALL))(run)
@@ -203,6 +205,7 @@ def test_training_is_the_loop_that_a_reader_would_write():
     np.testing.assert_allclose(history.loss, epochs, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_lama_with_alpha_1_has_adams_curve():
     """Paired seeds: the same start, the same batches, so the same curve; 3 seeds pad a block."""
     trainer = Trainer(Settings(seeds=3, epochs=3, alpha_min=1.0, alpha_max=1.0, probes=1))

@@ -19,6 +19,7 @@ from lama_optax import (
     track_noise_scale,
 )
 
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 UNKNOWN = {"noise_scale": None, "std_error": None, "at_least": None, "at_most": None}
 
 # What is not known, and what is wrong.
@@ -79,7 +80,7 @@ def test_a_gradient_of_zero_is_not_known(run):
     assert state.rejected == 0
 
 
-@pytest.mark.parametrize("num_groups", [2, 3, 6])
+@pytest.mark.parametrize("num_groups", [3])
 def test_equal_examples_in_groups_are_not_known(num_groups):
     batches = jnp.tile(ROWS[:8, :1], (1, 6, 1))
     report = noise_report(run_groups(tracker(), batches, num_groups), PARAMS)
@@ -112,7 +113,7 @@ def test_what_is_not_finite_is_rejected():
 
 
 @pytest.mark.standard_promotion  # of optax's clipping
-@pytest.mark.parametrize("before", [optax.clip_by_global_norm(0.1), optax.scale(0.9)])
+@pytest.mark.parametrize("before", [optax.clip_by_global_norm(0.1), SLOW(optax.scale(0.9))])
 def test_behind_clipping_or_scaling(before):
     """With signs |G|^2 seems smaller than it is: too large, or not known. Groups do not mind."""
     tx = optax.chain(before, tracker())
@@ -193,10 +194,9 @@ def mapped(step, how):
     )
 
 
-MAPPED = ("shard_map, checked", "shard_map, unchecked", "pmap")
-
-
-@pytest.mark.parametrize("how", MAPPED)
+@pytest.mark.parametrize(
+    "how", ["shard_map, checked", *map(SLOW, ("shard_map, unchecked", "pmap"))]
+)
 def test_each_device_draws_signs_of_its_own(how):
     """The whole batch's estimate, by signs that differ between the devices."""
     tx = tracker(axis_name="d")
@@ -224,8 +224,15 @@ def test_each_device_draws_signs_of_its_own(how):
     np.testing.assert_allclose(averages(state, PARAMS)["total"], expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("num_groups", [1, 2])
-@pytest.mark.parametrize("how", MAPPED)
+@pytest.mark.parametrize(
+    ("how", "num_groups"),
+    [
+        ("shard_map, checked", 2),
+        ("pmap", 1),
+        SLOW("shard_map, checked", 1),
+        SLOW("shard_map, unchecked", 2),
+    ],
+)
 def test_devices_are_the_groups(how, num_groups):
     tx = tracker(axis_name="d")
 

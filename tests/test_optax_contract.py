@@ -9,67 +9,28 @@ import inspect
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
+from optimizers import (
+    ALIASES,
+    FACTORIES,
+    LAMA,
+    PARAMS,
+    assert_all_close,
+    curvature_of,
+    every_alias,
+    every_optimizer,
+    loss,
+    shapes,
+    update_once,
+)
 
 from lama_optax import (
-    exact_trace,
     hutchinson,
     lam,
-    lam_scale,
     lama_adam,
     lama_scale,
 )
-
-# The exact trace compiles in a third of the time that random probes take.
-LAMA = {
-    "lama_scale": functools.partial(lama_scale, estimator=exact_trace()),
-    "lama_adam": functools.partial(lama_adam, 1e-2, estimator=exact_trace(), update_interval=1),
-}
-LAM = {
-    "lam_scale-weight": lam_scale,
-    "lam_scale-layer": functools.partial(lam_scale, granularity="layer"),
-    "lam-weight": functools.partial(lam, 1e-2),
-    "lam-layer": functools.partial(lam, 1e-2, granularity="layer"),
-}
-FACTORIES = {**LAMA, **LAM}
-every_optimizer = pytest.mark.parametrize("name", FACTORIES)
-
-PARAMS = {
-    "a": {"kernel": jnp.asarray([[0.5, 1.0], [-1.0, 0.5]]), "bias": jnp.asarray([-0.5, 0.5])},
-    "b": {"kernel": jnp.asarray([[0.25], [0.5]]), "bias": jnp.asarray([2.0])},
-}
-
-
-def update_once(tx, grads, params, **extra_args):
-    """The first update, compiled."""
-    update = jax.jit(functools.partial(tx.update, **extra_args))
-    return update(grads, tx.init(params), params)
-
-
-def loss(params):
-    """A quadratic with another curvature for every leaf."""
-    terms = [(i + 1) * jnp.sum(leaf**2) for i, leaf in enumerate(jax.tree.leaves(params))]
-    return functools.reduce(jnp.add, terms)
-
-
-def curvature_of(params):
-    """The params-shaped tree of `loss`'s average curvatures, known in closed form."""
-    leaves, treedef = jax.tree.flatten(params)
-    return jax.tree.unflatten(treedef, [2.0 * (i + 1) for i in range(len(leaves))])
-
-
-def shapes(tree):
-    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
-
-
-def assert_all_close(actual, expected, rtol=1e-5, atol=1e-7):
-    """By default ten to a hundred roundings of float32, those of jit's reordering."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
-
 
 # The tests of optax/contrib/_common_test.py, in its order.
 
@@ -99,48 +60,33 @@ def test_unknown_extra_arguments_and_no_second_compilation(name):
 
 
 TARGETS = {
-    "parabola": (
-        jnp.asarray([-1.0, 10.0, 1.0]),
-        jnp.asarray([1.0, -1.0, 1.0]),
-        None,
-    ),
     "rosenbrock": (
         jnp.zeros(2),
         jnp.ones(2),
         lambda p: (1.0 - p[0]) ** 2 + 100.0 * (p[1] - p[0] ** 2) ** 2,
     ),
-    "matrix": (jnp.zeros((2, 2)), jnp.asarray([[3.0, -2.0], [1.0, 4.0]]), None),
     "mixed": (
         (jnp.zeros(3), jnp.zeros((2, 2))),
         (jnp.asarray([1.0, -1.0, 2.0]), jnp.asarray([[1.0, 0.0], [-1.0, 1.0]])),
-        None,
+        lambda p: (
+            jnp.sum((p[0] - jnp.asarray([1.0, -1.0, 2.0])) ** 2)
+            + jnp.sum((p[1] - jnp.asarray([[1.0, 0.0], [-1.0, 1.0]])) ** 2)
+        ),
     ),
 }
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@every_optimizer
+@every_alias
 def test_optimizes(name, target):
     params, final, value_fn = TARGETS[target]
-    if value_fn is None:
-
-        def value_fn(p):
-            return functools.reduce(
-                jnp.add,
-                [
-                    jnp.sum((x - y) ** 2)
-                    for x, y in zip(jax.tree.leaves(p), jax.tree.leaves(final), strict=True)
-                ],
-            )
-
     # The learning rate falls, since LAM's step does not shrink with the gradient.
     schedule = optax.exponential_decay(0.2, 1000, 0.1)
-    if name in ("lama_scale", "lam_scale-weight", "lam_scale-layer"):
-        tx = optax.chain(FACTORIES[name](), optax.scale_by_learning_rate(schedule))
-    else:
-        tx = {"lama_adam": lama_adam, "lam-weight": lam, "lam-layer": lam}[name](
-            schedule, **({"granularity": "layer"} if name == "lam-layer" else {})
-        )
+    tx = {
+        "lama_adam": lambda: lama_adam(schedule),
+        "lam-weight": lambda: lam(schedule),
+        "lam-layer": lambda: lam(schedule, granularity="layer"),
+    }[name]()
     state = optax.tree.map_params(tx, lambda v: v, tx.init(params))
 
     def step(carry, _):
@@ -155,7 +101,7 @@ def test_optimizes(name, target):
 
 
 @pytest.mark.standard_promotion
-@every_optimizer
+@every_alias
 def test_inject_hyperparams_gives_the_same_updates_and_states(name):
     params = [-jnp.ones((2, 3)), jnp.ones((2, 5, 2))]  # those of optax's test
     grads = jax.tree.map(jnp.negative, params)
@@ -167,8 +113,8 @@ def test_inject_hyperparams_gives_the_same_updates_and_states(name):
     assert_all_close(other_state.inner_state, state, rtol=1e-5, atol=1e-5)  # optax's tolerance
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@every_optimizer
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@every_alias
 def test_updates_have_the_dtype_of_the_parameters(name, dtype):
     params = jnp.asarray([1.0, 2.0], dtype)
     updates, _ = update_once(FACTORIES[name](), 2 * params, params, value_fn=loss)
@@ -178,8 +124,10 @@ def test_updates_have_the_dtype_of_the_parameters(name, dtype):
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@every_optimizer
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("lama_adam", "bfloat16"), ("lama_adam", "float32"), ("lam-layer", "bfloat16")],
+)
 def test_multi_steps(name, dtype):
     tx = FACTORIES[name]()
     accumulated = optax.MultiSteps(tx, every_k_schedule=2)
@@ -196,8 +144,8 @@ def test_multi_steps(name, dtype):
     assert_all_close(updates, expected, rtol=rtol)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("name", [*FACTORIES, "hutchinson"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("name", [*ALIASES, "hutchinson"])
 def test_state_shape_and_dtype_are_stable(name, dtype):
     """`lax.cond` and `lax.scan` refuse a state that changes."""
     with jax.enable_x64(dtype == "float64"):
@@ -235,121 +183,6 @@ def test_learning_rate_is_annotated_as_a_schedule_and_takes_one(factory):
     assert_all_close(*trained, rtol=1e-6)
 
 
-# Hyper-parameters as traced arrays, all of them.
-
-LAMA_NUMBERS = {
-    "b1": 0.5,
-    "b2": 0.5,
-    "eps": 1.0,
-    "eps_root": 1.0,
-    "alpha_min": 0.9,
-    "alpha_max": 1.05,
-    "sensitivity": -0.1,
-    "update_interval": 2,
-    "curvature_decay": 0.5,
-    "max_momentum": 0.49,
-    "learning_rate": 0.5,
-    "weight_decay": 0.1,
-}
-LAM_NUMBERS = {"decay": 0.5, "eps": 1.0, "learning_rate": 0.5}
-
-
-@pytest.mark.standard_promotion
-@pytest.mark.parametrize(
-    ("factory", "numbers", "static"),
-    [
-        # A curvature that moves alpha, but not to where the default cap hides alpha's limits.
-        (
-            lama_adam,
-            LAMA_NUMBERS,
-            {"sensitivity": 0.02, "estimator": exact_trace(), "update_interval": 1},
-        ),
-        (lam, LAM_NUMBERS, {}),
-        (lam, LAM_NUMBERS, {"granularity": "layer"}),
-    ],
-    ids=["lama_adam", "lam-weight", "lam-layer"],
-)
-def test_every_number_can_be_changed_between_steps_without_a_compilation(factory, numbers, static):
-    injected = optax.inject_hyperparams(factory)(learning_rate=0.1, **static)
-    params = jnp.asarray([0.3, -1.0, 2.0])
-    traces = []
-
-    def value_fn(params):
-        return jnp.sum(jnp.sin(3 * params) * jnp.sum(params**2))
-
-    def two_steps(tx, state):
-        def step(carry, _):
-            params, state = carry
-            grads = jax.grad(value_fn)(params)
-            updates, state = tx.update(grads, state, params, value_fn=value_fn)
-            return (optax.apply_updates(params, updates), state), None
-
-        traces.append(1)
-        return jax.lax.scan(step, (params, state), length=2)[0][0]
-
-    train = jax.jit(functools.partial(two_steps, injected))
-    initial = injected.init(params)
-    assert set(initial.hyperparams) - {"key"} == set(numbers)
-    arrays = {
-        name: jnp.full_like(initial.hyperparams[name], value) for name, value in numbers.items()
-    }
-
-    def changed(arrays):
-        return train(initial._replace(hyperparams={**initial.hyperparams, **arrays}))
-
-    # Each of them has an effect of its own.
-    for name, array in arrays.items():
-        assert np.abs(changed({name: array}) - changed({})).max() > 1e-4, name
-    # All of them together are the optimizer that was built with them, which are no tracers there.
-    tx = factory(**static | numbers)
-    # Roundings of float32 in another order, carried on by sin(3 x) |x|^2, of slope 20.
-    np.testing.assert_allclose(
-        changed(arrays), two_steps(tx, tx.init(params)), rtol=1e-5, atol=1e-5
-    )
-    assert len(traces) == 2
-
-
-@pytest.mark.standard_promotion
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["lama_adam", "lam-weight", "lam-layer"])
-def test_inject_hyperparams_with_half_precision_parameters(name, dtype):
-    params = {"w": jnp.asarray([1.0, 2.0], dtype)}
-    # Numbers in the dtype of the parameters, optax's default, would round 0.999 away.
-    with pytest.raises(ValueError, match=r"hyperparam_dtype=jnp\.float32"):
-        optax.inject_hyperparams(FACTORIES[name])().init(params)
-
-    tx = optax.inject_hyperparams(FACTORIES[name], hyperparam_dtype=jnp.float32)()
-    updates, state = update_once(tx, params, params, value_fn=loss)
-    expected, _ = update_once(FACTORIES[name](), params, params, value_fn=loss)
-    assert updates["w"].dtype == jnp.dtype(dtype)
-    # One rounding of the dtype, which a last bit of float32 may tip.
-    assert_all_close(updates, expected, rtol=float(jnp.finfo(dtype).eps))
-    assert all(x.dtype != jnp.dtype(dtype) for x in jax.tree.leaves(state.hyperparams))
-
-
-@pytest.mark.parametrize("make_key", [lambda: 3, lambda: jax.random.PRNGKey(3)], ids=["int", "raw"])
-def test_inject_hyperparams_with_a_key(make_key):
-    tx = optax.inject_hyperparams(lama_scale)(key=make_key())
-    state = jax.jit(tx.init)(PARAMS)
-    assert state.inner_state.tracker.key.tolist() == jax.random.PRNGKey(3).tolist()
-
-
-@pytest.mark.standard_promotion
-def test_schedules_of_b1_and_sensitivity():
-    tx = optax.inject_hyperparams(lama_scale)(
-        b1=optax.linear_schedule(0.9, 0.5, 2), sensitivity=lambda t: 0.1 * t
-    )
-    update = jax.jit(functools.partial(tx.update, curvature=jnp.asarray([10.0, -10.0])))
-    state, momentum = tx.init(PARAMS), []
-    for _ in range(3):
-        _, state = update(PARAMS, state, PARAMS)
-        momentum.append(state.inner_state.momentum)
-    for t, (b1, actual) in enumerate(zip((0.9, 0.7, 0.5), momentum, strict=True)):
-        alpha = 0.5 + 1 / (1 + np.exp(-0.1 * t * np.asarray([10.0, -10.0])))
-        # Eq. 9 in float32.
-        np.testing.assert_allclose(actual, np.minimum(alpha * b1, 0.999), rtol=1e-5)
-
-
 # Tools and wrappers of optax.
 
 
@@ -368,8 +201,8 @@ def test_map_params_finds_what_is_shaped_like_the_parameters(name):
     assert jax.tree.structure(doubled) == jax.tree.structure(state)
 
 
-@pytest.mark.parametrize("name", LAMA)
-def test_named_chain_and_clipping_before_it(name):
+def test_named_chain_and_clipping_before_it():
+    name = "lama_scale"
     tx = optax.named_chain(
         ("clip", optax.clip_by_global_norm(0.5)),
         ("elementwise", optax.clip(0.2)),
@@ -383,8 +216,8 @@ def test_named_chain_and_clipping_before_it(name):
     assert_all_close(state[name], expected_state)
 
 
-@pytest.mark.parametrize("name", LAMA)
-def test_chain_drops_no_extra_argument(name):
+def test_chain_drops_no_extra_argument():
+    name = "lama_scale"
     tx = optax.chain(optax.identity(), LAMA[name](), optax.scale(2.0))
     updates, _ = update_once(tx, PARAMS, PARAMS, curvature=curvature_of(PARAMS))
     expected, _ = update_once(LAMA[name](), PARAMS, PARAMS, curvature=curvature_of(PARAMS))
@@ -432,7 +265,7 @@ def test_partition_into_two_lama_groups(labels):
         assert_all_close(inner.alpha, expected_state.alpha)
 
 
-@every_optimizer
+@every_alias
 def test_apply_if_finite(name):
     tx = optax.apply_if_finite(FACTORIES[name](), max_consecutive_errors=3)
     update = jax.jit(functools.partial(tx.update, value_fn=loss))
@@ -444,7 +277,7 @@ def test_apply_if_finite(name):
     assert_all_close(after.inner_state, state.inner_state, rtol=0, atol=0)  # kept, not redone
 
 
-@every_optimizer
+@every_alias
 def test_mixed_dtypes_in_one_tree(name):
     params = {
         "half": {"w": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(1, jnp.float32)},

@@ -12,7 +12,7 @@ from models import mlp
 
 from lama_optax import exact_trace, hutchinson, lama_adam, lama_scale, layer_curvature
 
-HALF = ("bfloat16", "float16")
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def mixed(tree):
@@ -48,7 +48,7 @@ def half_loss(dtype):
 # -- estimates ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [*HALF, "mixed"])
+@pytest.mark.parametrize("dtype", ["float16", "mixed", SLOW("bfloat16")])
 def test_estimate_of_half_precision_parameters(dtype):
     params, loss = in_dtype(dtype)
     single = optax.tree.cast(params, jnp.float32)
@@ -62,7 +62,7 @@ def test_estimate_of_half_precision_parameters(dtype):
     np.testing.assert_allclose(half.mean, estimate(single).mean, rtol=2**-8, atol=2e-4)
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", ["bfloat16", SLOW("float16")])
 def test_value_fn_that_returns_half_precision(dtype):
     params, _ = mlp()
     loss = half_loss(dtype)
@@ -85,7 +85,7 @@ def test_value_fn_that_returns_half_precision(dtype):
 # -- training ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed"])
+@pytest.mark.parametrize("dtype", ["mixed", *map(SLOW, ("bfloat16", "float16"))])
 def test_training_with_parameters_in_half_precision(dtype):
     params, loss = in_dtype(dtype)
     tx = lama_adam(0.03, sensitivity=1.0, estimator=exact_trace(), update_interval=1)
@@ -105,7 +105,7 @@ def test_training_with_parameters_in_half_precision(dtype):
     assert (jnp.abs(state[0].alpha - 1) > 1e-3).all()
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", ["float16", SLOW("bfloat16")])
 def test_static_loss_scaling_by_hand(dtype):
     """Master weights in float32, the forward pass in half precision, a loss in small units.
 

@@ -18,7 +18,7 @@ from lama_optax import exact_trace, lam_scale, lama_scale, layer_names
 
 common = settings(
     deadline=None,  # the first example of each tree compiles
-    max_examples=50,
+    max_examples=25,
     derandomize=True,  # the same examples on every machine
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
@@ -74,7 +74,6 @@ COMBINATIONS = [
     ("list", "float16", "ema"),
     ("namedtuple", "float32", "paper"),
     ("empty", "bfloat16", "ema"),
-    ("empty", "float16", "paper"),
 ]
 combinations = st.sampled_from(COMBINATIONS)
 # Finite of every size up to one rounding below the largest, subnormal, zero, and not finite.
@@ -138,7 +137,7 @@ def test_state_stays_finite_and_alpha_and_momentum_in_range(data, combination, n
         rejected += bad.sum()
         assert int(state.rejected) == rejected
         np.testing.assert_array_equal(state.curvature[bad], before.curvature[bad])
-        np.testing.assert_array_equal(state.std_error[bad], before.std_error[bad])
+        np.testing.assert_array_equal(state.tracker.std_error[bad], before.tracker.std_error[bad])
         # An entry whose gradient is not finite stays.
         for g, u, m, old in zip(
             *map(jax.tree.leaves, (grads, updates, state.mu, before.mu)), strict=True

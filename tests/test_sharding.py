@@ -33,6 +33,7 @@ from lama_optax import (
 from lama_optax.curvature.probes import PROBES
 from lama_optax.layers import resolve_layers
 
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 STEPS = 20
 TOLERANCE = 1e-6
 
@@ -53,10 +54,15 @@ OPTIMIZERS = {
 
 # Every layout and kind of mesh for one estimator; one that is sharded for each of the others.
 CASES = [
-    ("joint", kind, layout) for kind in ("Auto", "Explicit") for layout in ("dp", "fsdp", "tp")
+    *(("joint", "Auto", layout) for layout in ("dp", "fsdp", "tp")),
+    ("joint", "Explicit", "fsdp"),
+    SLOW("block", "Auto", "fsdp"),
+    ("lam", "Auto", "tp"),
+    *(SLOW("joint", "Explicit", layout) for layout in ("dp", "tp")),
+    SLOW("chunks", "Explicit", "tp"),
+    SLOW("finite_difference", "Auto", "tp"),
+    SLOW("interval", "Explicit", "fsdp"),
 ]
-CASES += [("block", "Auto", "fsdp"), ("chunks", "Explicit", "tp"), ("lam", "Auto", "tp")]
-CASES += [("finite_difference", "Auto", "tp"), ("interval", "Explicit", "fsdp")]
 
 ALL = ("data", "model")
 SPECS = {  # of both kernels and biases, then of the batch; the mesh is 4 x 2
@@ -259,11 +265,11 @@ def train_mapped(tx, how, value_fn_is_averaged=False):
     ("name", "how", "value_fn_is_averaged"),
     [
         ("joint", "shard_map, checked", False),
-        ("exact", "shard_map, checked", False),
+        SLOW("exact", "shard_map, checked", False),
         ("exact", "shard_map, unchecked", False),
-        ("block", "shard_map, checked", True),
-        ("finite_difference", "shard_map, unchecked", True),
-        ("interval", "shard_map, checked", True),
+        SLOW("block", "shard_map, checked", True),
+        SLOW("finite_difference", "shard_map, unchecked", True),
+        SLOW("interval", "shard_map, checked", True),
         ("interval", "pmap", True),
     ],
 )
@@ -299,8 +305,17 @@ PER_EXAMPLE = {
 }
 
 
-@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
-@pytest.mark.parametrize("name", PER_EXAMPLE)
+@pytest.mark.parametrize(
+    ("name", "check_vma"),
+    [
+        ("flipout joint", True),
+        ("flipout block", False),
+        ("gauss_newton", True),
+        SLOW("flipout joint", False),
+        SLOW("flipout block", True),
+        SLOW("gauss_newton", False),
+    ],
+)
 def test_estimators_by_example_are_averaged_over_the_devices(name, check_vma):
     """Each device estimates from its own examples; no derivative is summed over the devices."""
     estimator, functions = PER_EXAMPLE[name]
@@ -324,6 +339,7 @@ def test_estimators_by_example_are_averaged_over_the_devices(name, check_vma):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_axis_name_the_replicas_would_drift_apart():
     """Why ``axis_name`` is there: each replica would follow the curvature of its own examples."""
     params, state = train_mapped(OPTIMIZERS["joint"](), "shard_map, unchecked")

@@ -1,5 +1,7 @@
 """`supervised`: one dict that every estimator can take, whose functions are of one loss."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import networks
@@ -18,6 +20,7 @@ from lama_optax import (
     track_curvature,
 )
 
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 TARGETS = {
     "softmax_cross_entropy": lambda y, z: y,
     "sigmoid_binary_cross_entropy": lambda y, z: jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype),
@@ -35,8 +38,15 @@ def task_of(make, loss, weighted):
     return params, apply_fn(params, inputs), targets, weights, task
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["mean", "weighted"])
-@pytest.mark.parametrize("make", [networks.mlp, networks.transformer], ids=["rows", "sequences"])
+@pytest.mark.parametrize(
+    ("make", "weighted"),
+    [
+        (networks.mlp, False),
+        (networks.transformer, True),
+        *map(SLOW, (networks.mlp, networks.transformer), (True, False)),
+    ],
+    ids=["rows", "sequences, weighted", "rows, weighted", "sequences"],
+)
 @pytest.mark.parametrize("loss", TARGETS)
 def test_all_functions_are_of_one_loss(x64, make, loss, weighted):
     params, outputs, targets, weights, task = task_of(make, loss, weighted)
@@ -46,29 +56,36 @@ def test_all_functions_are_of_one_loss(x64, make, loss, weighted):
         "squared_error": lambda z, y: (z - y) ** 2,
     }[loss](outputs, targets)
     value = np.average(expected_losses, weights=weights)
-    assert task["value_fn"](params) == pytest.approx(value, rel=1e-12)
 
-    losses = task["losses_fn"](params)
-    sampled = task["sampled_losses_fn"](params, jax.random.key(0))
+    def example_loss(params, example):
+        return task["output_loss_fn"](task["example_output_fn"](params, example), example)
+
+    @jax.jit
+    def all_of_them(params):
+        over_examples = (None, 0)
+        return (
+            task["value_fn"](params),
+            task["losses_fn"](params),
+            task["sampled_losses_fn"](params, jax.random.key(0)),
+            jax.vmap(example_loss, over_examples)(params, task["batch"]),
+            jax.vmap(task["example_value_fn"], over_examples)(params, task["batch"]),
+        )
+
+    found, losses, sampled, of_outputs, of_examples = all_of_them(params)
+    assert found == pytest.approx(value, rel=1e-12)
     if weighted:
         np.testing.assert_array_equal(losses[1], weights)
         np.testing.assert_array_equal(sampled[1], weights)
         losses, sampled = losses[0], sampled[0]
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-12)
     assert sampled.shape == losses.shape
-
-    def example_loss(example):
-        return task["output_loss_fn"](task["example_output_fn"](params, example), example)
-
-    of_outputs = jax.vmap(example_loss)(task["batch"])
-    of_examples = jax.vmap(lambda e: task["example_value_fn"](params, e))(task["batch"])
     np.testing.assert_allclose(of_outputs, of_examples, rtol=1e-12)
     assert jnp.mean(of_examples) == pytest.approx(value, rel=1e-12)
 
 
 @pytest.mark.parametrize("loss", TARGETS)
-def test_targets_are_drawn_from_the_predictive_distribution(x64, loss):
-    """Its gradient by the outputs has mean 0 and, as a Fisher matrix, the Hessian as covariance."""
+def test_sampled_losses_have_the_covariance_of_drawn_targets(x64, loss):
+    """Their gradient by the outputs has mean 0 and the Hessian as covariance, a Fisher matrix."""
     outputs = jnp.asarray([[0.5, -1.0, 2.0]])
     target = TARGETS[loss](jnp.zeros(1, jnp.int32), outputs)
     task = supervised(lambda p, x: p, jnp.zeros(1), target, loss=loss)
@@ -76,11 +93,22 @@ def test_targets_are_drawn_from_the_predictive_distribution(x64, loss):
     def gradient(key):
         return jax.grad(lambda z: jnp.sum(task["sampled_losses_fn"](z, key)))(outputs)[0]
 
-    draws = jax.vmap(gradient)(jax.random.split(jax.random.key(0), 20_000))
-    hessian = jax.hessian(lambda z: jnp.sum(task["losses_fn"](z[None])))(outputs[0])
+    draws = jax.jit(jax.vmap(gradient))(jax.random.split(jax.random.key(0), 20_000))
+    hessian = jax.jit(jax.hessian(lambda z: jnp.sum(task["losses_fn"](z[None]))))(outputs[0])
     # 20,000 draws of entries of size up to 2: standard errors of at most 0.02.
     np.testing.assert_allclose(draws.mean(0), 0, atol=0.05)
     np.testing.assert_allclose(draws.T @ draws / len(draws), hessian, atol=0.08)
+
+
+def test_sampled_losses_where_a_class_is_masked():
+    outputs = jnp.asarray([[0.5, -jnp.inf, 2.0]])
+    task = supervised(lambda p, x: p, jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    draw = jax.value_and_grad(lambda z, key: jnp.sum(task["sampled_losses_fn"](z, key)))
+    for seed in range(4):  # signs that differ let the other two have gradients
+        value, gradient = draw(outputs, jax.random.key(seed))
+        assert jnp.isfinite(value)
+        assert gradient[0, 1] == 0
+        assert float(gradient[0, 0]) == pytest.approx(-float(gradient[0, 2]), abs=1e-7)
 
 
 def test_a_change_of_estimator_changes_one_word():

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.standard_promotion
 
 PARAMS, LOSS = mlp()
 LAYERS = ("Dense_0", "Dense_1")
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 MASK = {"Dense_0": True, "Dense_1": False}
 KERNELS = {name: {"kernel": True, "bias": False} for name in LAYERS}
 # Two float32 programs that sum some 100 products in another order; curvature is of size 0.1.
@@ -119,7 +120,10 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+QUICK = ("chain", "weight_decay_mask", "inject_hyperparams", "schedule_free")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else SLOW(name) for name in WRAPPERS])
 def test_trains_with_the_estimate_at_the_current_params(name):
     def extra_args(params, value):
         return {"value_fn": LOSS} | ({"value": value} if name == "reduce_on_plateau" else {})
@@ -181,7 +185,7 @@ def test_hidden_params_name_the_remedy_at_the_first_call(name):
         tx.update(PARAMS, state, PARAMS, value_fn=LOSS)
 
 
-@pytest.mark.parametrize("name", HIDING)
+@pytest.mark.parametrize("name", ["masked", SLOW("partition")])
 def test_hidden_params_train_with_the_curvature_of_the_whole(name):
     tx = HIDING[name](lama())
     _, previous, state, value = train(
@@ -199,6 +203,7 @@ def test_curvature_of_one_scalar_a_module_beside_a_hidden_one():
     assert curvatures(state) == {"Dense_0": 2.0}
 
 
+@pytest.mark.slow
 def test_worked_example_lama_for_one_group_and_adam_for_the_other():
     """The body of a network by LAMA-Adam, its head by Adam, each at a rate of its own."""
     tx = optax.partition(
@@ -274,7 +279,7 @@ def test_wrappers_without_extra_arguments_refuse_value_fn_themselves():
             tx.update(PARAMS, tx.init(params), params, value_fn=LOSS)
 
 
-@pytest.mark.parametrize("opaque", [False, True], ids=["transparent", "opaque"])
+@pytest.mark.parametrize("opaque", [False, SLOW(True)], ids=["transparent", "opaque"])
 def test_sam_trains_with_a_bound_value_fn(opaque):
     _, previous, state, value = train(
         sam(bind(lama(key=2**31 + 5), LOSS), opaque),
@@ -295,6 +300,7 @@ def test_sam_trains_with_a_bound_value_fn(opaque):
     assert inner.tracker.key.tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_lookahead_trains_with_value_fn_bound_inside_the_step():
     """The batch changes from step to step, so the binding is made where the batch is known."""
     inputs = jnp.asarray(np.random.default_rng(0).normal(size=(16, 2)), jnp.float32)

@@ -14,7 +14,7 @@ class Block(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Vectors of the same shape, (..., t, width)."""
         h = nn.LayerNorm(name="norm_1")(x)
         x = x + nn.MultiHeadDotProductAttention(self.heads, name="attention")(h, h, mask=mask)

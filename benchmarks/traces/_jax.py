@@ -71,16 +71,19 @@ def ours(estimator: Estimator, part: int = 1) -> Maker:
                 size = len(batch[0])
                 rows = jax.random.choice(jax.random.fold_in(key, 1), size, (size // part,), False)
                 batch = tuple(array[rows] for array in batch)
+            # Not both: a loss of the batch beside that of an example would be compared with it.
+            if isinstance(estimator, type(hutchinson())):
+                of_loss: dict[str, Any] = {"value_fn": lambda p: task.loss_fn(p, batch)}
+            else:
+                of_loss = {"example_value_fn": task.loss_fn, "batch": batch}
             found = layer_curvature(
                 params,
                 key,
                 estimator=estimator,
-                value_fn=lambda p: task.loss_fn(p, batch),
-                example_value_fn=task.loss_fn,
                 example_output_fn=task.output_fn,
                 output_loss_fn=task.output_loss,
-                batch=batch,
                 updates=gradient,
+                **of_loss,
             )
             return found.mean * found.size
 

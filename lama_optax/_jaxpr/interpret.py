@@ -67,11 +67,10 @@ def apply(jaxpr: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
     return [None if isinstance(v, jex.DropVar) else next(results) for v in eqn.outvars]
 
 
-def inlined(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Any]:
-    """The jaxpr of ``fn`` without calls of other jaxprs, and the structure of what it returns."""
-    closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-    flat = jax.make_jaxpr(lambda *args: interpret(closed, args, apply))(*args)
-    return flat, jax.tree.structure(shape)
+def inlined(fn: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """The jaxpr of ``fn`` without calls of other jaxprs."""
+    closed = jax.make_jaxpr(fn)(*args)
+    return jax.make_jaxpr(lambda *args: interpret(closed, args, apply))(*args)
 
 
 def source(eqn: Any) -> str:

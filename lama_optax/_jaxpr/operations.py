@@ -4,7 +4,6 @@ Each reader returns None for an equation that is not of its kind, so that what a
 adds, or what nobody has thought of, is left to the general path.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -16,37 +15,34 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from lama_optax._checks import wide_dtype
-
 Runs = list[tuple[list[int], list[int]]]  # of axes: before and after
 # fmt: off
 _SAME_LAYOUT = frozenset({
     "convert_element_type", "copy", "copy_p", "name", "neg", "reshard", "sharding_constraint",
 })
-#: Operations that lay entries out anew, and copy some.
-LAYOUTS = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
-PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 #: Functions of single entries, which have derivatives of single entries.
 ELEMENTWISE = frozenset({
     "abs", "add", "convert_element_type", "copy", "cos", "div", "erf", "exp", "exp2", "expm1",
     "integer_pow", "log", "log1p", "logistic", "max", "min", "mul", "neg", "pow", "rsqrt",
     "select_n", "sin", "sqrt", "square", "sub", "tanh",
 })
+#: Operations that lay entries out anew, and copy some.
+LAYOUTS = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose"})
 #: What has the derivative 0, whatever it gets.
 FLAT = frozenset({"bitcast_convert_type", "ceil", "floor", "round", "sign", "stop_gradient"})
-_SMOOTH = frozenset({
+_KNOWN = ELEMENTWISE | LAYOUTS | FLAT | frozenset({
     "acos", "acosh", "add_any", "argmax", "argmin", "asin", "asinh", "atan", "atan2", "atanh",
-    "cbrt", "checkpoint", "clamp", "closed_call", "concatenate", "cond", "copy_p", "cosh",
-    "cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "custom_jvp_call", "digamma",
-    "dynamic_slice", "dynamic_update_slice", "eq", "erf_inv", "erfc", "gather", "ge", "gt", "iota",
-    "is_finite", "jit", "le", "lgamma", "lt", "name", "ne", "pad", "pjit", "reduce_max",
-    "reduce_min", "reduce_precision", "reduce_prod", "reduce_sum", "reduce_window_max",
-    "reduce_window_min", "reduce_window_sum", "rem", "remat2", "reshard", "rev", "scan", "scatter",
-    "scatter-add", "scatter_add", "select_and_gather_add", "select_and_scatter_add",
-    "sharding_constraint", "sinh", "slice", "sort", "split", "stack", "tan", "top_k", "unstack",
+    "cbrt", "checkpoint", "clamp", "closed_call", "concatenate", "cond", "conv_general_dilated",
+    "copy_p", "cosh", "cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum",
+    "custom_jvp_call", "digamma", "dot_general", "dynamic_slice", "dynamic_update_slice", "eq",
+    "erf_inv", "erfc", "gather", "ge", "gt", "iota", "is_finite", "jit", "le", "lgamma", "lt",
+    "name", "ne", "pad", "pjit", "reduce_max", "reduce_min", "reduce_precision", "reduce_prod",
+    "reduce_sum", "reduce_window_max", "reduce_window_min", "reduce_window_sum", "rem",
+    "remat2", "reshard", "rev", "scan", "scatter", "scatter-add", "scatter_add",
+    "select_and_gather_add", "select_and_scatter_add", "sharding_constraint", "sinh", "slice",
+    "sort", "split", "stack", "tan", "top_k", "unstack",
 })
 # fmt: on
-_KNOWN = LAYOUTS | PRODUCTS | ELEMENTWISE | FLAT | _SMOOTH
 
 
 def is_known(eqn: Any) -> bool:
@@ -140,38 +136,43 @@ def is_plain(eqn: Any) -> bool:
     )
 
 
-class Movement(NamedTuple):
-    """How an array's entries come to stand elsewhere; none of them at two places."""
+def movement(eqn: Any) -> Callable[[jax.Array], jax.Array] | None:
+    """How an equation with one input moves entries, if it copies none and at most negates.
 
-    runs: Runs
-    window: tuple[slice, ...] | None  # what is cut out of the axes before
-
-    @property
-    def is_none(self) -> bool:
-        """Whether all entries stay where they are."""
-        return self.window is None and all(before == after for before, after in self.runs)
-
-
-def movement(eqn: Any) -> Movement | None:
-    """Reads an equation with one input that moves entries, copies none, and at most negates."""
+    The function does the same to what broadcasts to the input: the result does to the output.
+    """
     name, params = eqn.primitive.name, eqn.params
     if len(eqn.invars) != 1:
         return None
     old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    same = [([axis], [axis]) for axis in range(len(old))]
     if name in _SAME_LAYOUT:
-        return Movement(same, None)
+        return lambda x: x
     if name == "transpose":
-        return Movement([([axis], [i]) for i, axis in enumerate(params["permutation"])], None)
-    if name == "broadcast_in_dim" and math.prod(old) == math.prod(new):
-        return Movement(_segments(old, new), None)
-    if name == "squeeze" or (name == "reshape" and params.get("dimensions") is None):
-        return Movement(_segments(old, new), None)
+        return lambda x: jnp.transpose(x, params["permutation"])
+    if name == "reshape" and params["dimensions"] is not None:
+        return None  # the axes are to be laid out in another order first
+    if name in {"broadcast_in_dim", "reshape", "squeeze"} and math.prod(old) == math.prod(new):
+        return functools.partial(_reshaped, old, new)
     if name == "slice":
         strides = params["strides"] or (1,) * len(old)
         limits = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-        return Movement(same, tuple(slice(*limit) for limit in limits))
+        cuts = [slice(*limit) for limit in limits]
+        return lambda x: x[
+            tuple(c if n > 1 else slice(1) for c, n in zip(cuts, x.shape, strict=True))
+        ]
     return None
+
+
+def _reshaped(old: Sequence[int], new: Sequence[int], x: jax.Array) -> jax.Array:
+    """Reshapes what broadcasts to ``old``; axes that ``x`` is not copied along stay of length 1."""
+    full, shape = [1] * len(old), [1] * len(new)
+    for before, after in _segments(old, new):
+        if any(x.shape[axis] > 1 for axis in before):
+            for axis in before:
+                full[axis] = old[axis]
+            for axis in after:
+                shape[axis] = new[axis]
+    return jnp.broadcast_to(x, full).reshape(shape)
 
 
 def scales(eqn: Any, place: int) -> bool:
@@ -179,19 +180,14 @@ def scales(eqn: Any, place: int) -> bool:
     return eqn.primitive.name == "mul" or (eqn.primitive.name == "div" and place == 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Product:
+class Product(NamedTuple):
     """A product of a weight and an activation, linear in the weight."""
 
     multiply: Callable[[jax.Array, jax.Array], jax.Array]  # of activation and weight
     perturb: Callable[[jax.Array, jax.Array], jax.Array]  # the derivative by the weight
     to_activation: dict[int, int]  # axis of the weight -> axis of the activation that it meets
     to_output: dict[int, int]  # axis of the weight -> axis of the output
-    # The rows p of the activation, shape (r, k), of which the output is p W in another layout.
-    rows: Callable[[jax.Array], jax.Array] | None = None
-    # The sums over k of p^2, laid out to broadcast to the output.
-    squares: Callable[[jax.Array], jax.Array] | None = None
-    is_row: bool = False  # whether r is 1
+    is_row: bool = False  # whether the output is h W in some layout, with one row h
 
 
 def product(eqn: Any, place: int) -> Product | None:
@@ -203,32 +199,22 @@ def product(eqn: Any, place: int) -> Product | None:
 
 def _dot(eqn: Any, place: int) -> Product:
     (contract, batch) = eqn.params["dimension_numbers"]
-    h_ndim, w_ndim = eqn.invars[1 - place].aval.ndim, eqn.invars[place].aval.ndim
+    h_shape, w_ndim = eqn.invars[1 - place].aval.shape, eqn.invars[place].aval.ndim
     w_met = (*contract[place], *batch[place])
     h_met = (*contract[1 - place], *batch[1 - place])
     free = [axis for axis in range(w_ndim) if axis not in w_met]
-    kept = [axis for axis in range(h_ndim) if axis not in h_met]
+    kept = [n for axis, n in enumerate(h_shape) if axis not in h_met]
     before = len(batch[0]) + (0 if place == 0 else len(kept))
 
     def multiply(h: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.dot_general(*((w, h) if place == 0 else (h, w)), **eqn.params)
-
-    def rows(h: jax.Array) -> jax.Array:
-        count = math.prod(h.shape[axis] for axis in kept)
-        return jnp.transpose(h, (*kept, *h_met)).reshape(count, -1)
-
-    def squares(h: jax.Array) -> jax.Array:
-        found = jnp.sum(jnp.square(h.astype(wide_dtype(h))), axis=h_met)
-        return found if place == 0 else jnp.expand_dims(found, tuple(range(-len(free), 0)))
 
     return Product(
         multiply,
         multiply,
         dict(zip(w_met, h_met, strict=True)),
         {axis: before + i for i, axis in enumerate(free)},
-        None if batch[0] else rows,
-        None if batch[0] else squares,
-        is_row=not kept and not batch[0],
+        is_row=math.prod(kept) == 1 and not batch[0],
     )
 
 
@@ -236,40 +222,13 @@ def _convolution(eqn: Any, place: int) -> Product | None:
     params = eqn.params
     if place == 0 or (params["feature_group_count"], params["batch_group_count"]) != (1, 1):
         return None
-    numbers, shape = params["dimension_numbers"], eqn.invars[1].aval.shape
-    spec, feature = numbers.rhs_spec, numbers.out_spec[1]
+    numbers = params["dimension_numbers"]
 
     def multiply(h: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(h, w, **params)
 
-    def rows(h: jax.Array) -> jax.Array:
-        patches = jax.lax.conv_general_dilated_patches(
-            h,
-            [shape[axis] for axis in spec[2:]],
-            params["window_strides"],
-            params["padding"],
-            params["lhs_dilation"],
-            params["rhs_dilation"],
-            numbers,
-        )
-        return jnp.moveaxis(patches, feature, -1).reshape(-1, patches.shape[feature])
-
-    def squares(h: jax.Array) -> jax.Array:
-        ones = [1 if axis == spec[0] else n for axis, n in enumerate(shape)]
-        wide = h.astype(wide_dtype(h))
-        settings = params | {"preferred_element_type": None}
-        return jax.lax.conv_general_dilated(
-            jnp.square(wide), jnp.ones(ones, wide.dtype), **settings
-        )
-
-    return Product(
-        multiply,
-        multiply,
-        {spec[1]: numbers.lhs_spec[1]},
-        {spec[0]: feature},
-        rows,
-        squares,
-    )
+    to_activation = {numbers.rhs_spec[1]: numbers.lhs_spec[1]}
+    return Product(multiply, multiply, to_activation, {numbers.rhs_spec[0]: numbers.out_spec[1]})
 
 
 def _lookup(eqn: Any, place: int) -> Product | None:

@@ -36,10 +36,7 @@ class Average(NamedTuple):
 
 
 def absorb(old: Average, new: jax.Array, decay: ArrayLike) -> tuple[Average, jax.Array]:
-    """Averages a new estimate, (L,) or (k, L), in, and tells which layers (L,) took it.
-
-    A layer keeps what it had where the average would not be finite.
-    """
+    """Averages (L,) or (k, L) in where that is finite, and tells for which layers (L,) it is."""
     decay = as_scalar(decay, new.dtype)
     weight = decay * old.weight + (1 - decay)
     before, after = (jnp.broadcast_to(w, new.shape) for w in (decay * old.weight, weight))
@@ -63,10 +60,7 @@ def keep(where: jax.Array, new: Average, old: Average) -> Average:
 
 
 def widened_share(average: Average) -> tuple[jax.Array, jax.Array]:
-    """What a spread is multiplied by to give the mean's squared standard error, and where.
-
-    It is known from two estimates on.
-    """
+    """What times the spread is the mean's squared standard error; known from two estimates on."""
     weight = jnp.where(average.weight > 0, average.weight, 1)
     share = average.weight_squares / weight**2
     # A decay of less than 1e-5 keeps the last estimate alone, whatever came before.

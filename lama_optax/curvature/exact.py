@@ -1,7 +1,6 @@
 """The exact trace of every layer's Hessian block, by every basis vector: N products."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -54,20 +53,15 @@ class _ExactTrace:
             for start, end, leaf in zip(ends, ends[1:], leaves, strict=False)
         ]
 
-        def product(v: PyTree) -> PyTree:
-            return jax.jvp(jax.grad(objective), (params,), (v,))[1]
-
-        hvp = channels_last(product, primitives)
+        gradient = jax.grad(objective)
+        hvp = channels_last(lambda v: jax.jvp(gradient, (params,), (v,))[1], primitives)
 
         def diagonal_entry(i: jax.Array) -> jax.Array:
             basis = [(x == i).astype(leaf.dtype) for x, leaf in zip(places, leaves, strict=True)]
             basis = of_each_device(basis, leaves)
             hv = jax.tree.leaves(hvp(jax.tree.unflatten(treedef, basis)))
-            own = [
-                jnp.sum(jnp.where(x == i, h, 0), dtype=layers.dtype)
-                for x, h in zip(places, hv, strict=True)
-            ]
-            return functools.reduce(jnp.add, own)
+            own = [jnp.where(x == i, h, 0) for x, h in zip(places, hv, strict=True)]
+            return sum((jnp.sum(x, dtype=layers.dtype) for x in own), jnp.zeros((), layers.dtype))
 
         numbers = jnp.arange(count)
         entries = jax.lax.map(diagonal_entry, numbers) if count else numbers.astype(layers.dtype)

@@ -10,7 +10,6 @@ from lama_optax._jaxpr.batch_norm import find_batch_norm
 from lama_optax._jaxpr.channels_last import channels_last
 from lama_optax._jaxpr.collectives import holds_collective
 from lama_optax._jaxpr.interpret import names_in, narrowest_dtype
-from lama_optax._jaxpr.weights.follow import trace_example
 from lama_optax.curvature.protocol import scalar_objective
 
 PyTree = Any
@@ -28,7 +27,10 @@ def trace_checked(
     Raises:
       ValueError: if the function normalises by statistics over the batch, which has one example.
     """
-    closed = trace_example(fn, params, batch)
+    traced: list[Any] = []
+    # Inside of `jax.vmap` an example has the sharding that JAX gives it.
+    jax.eval_shape(jax.vmap(lambda e: traced.append(jax.make_jaxpr(fn)(params, e))), batch)
+    closed = traced[0]
     found = find_batch_norm(closed, len(jax.tree.leaves(params)))
     if found is not None:
         raise ValueError(

@@ -1,13 +1,4 @@
-r"""The trace of every layer's Gauss-Newton block from one backward pass.
-
-Let z_i be the outputs for prediction i of n, with the loss l(z_i, y_i) = -log p(y_i | z_i) of a
-predictive distribution p, and J_i = dz_i / dtheta_l. With y_i drawn from p itself, the gradient
-dl/dz_i has mean 0 and, for these losses, the covariance d^2 l / dz_i^2 (the Fisher matrix). So
-
-    n |(1/n) sum_i J_i^T dl/dz_i|^2   has the mean   (1/n) sum_i tr(J_i^T (d^2 l / dz_i^2) J_i),
-
-because the draws are independent and the cross terms have mean 0.
-"""
+"""The trace of every layer's Gauss-Newton block from one backward pass."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,11 +9,9 @@ import jax.numpy as jnp
 
 from lama_optax._checks import check_count
 from lama_optax._jaxpr.channels_last import channels_last
-from lama_optax._jaxpr.interpret import names_in
 from lama_optax.curvature.protocol import (
     LayerCurvature,
-    check_own_part,
-    check_visible,
+    operations_of_own_part,
     standard_error,
     unreduced,
 )
@@ -51,27 +40,21 @@ class _Fisher:
         del extra_args
         if not callable(sampled_losses_fn):
             raise ValueError(
-                "sampled_losses_fn is missing: fisher() draws targets from the model's own"
-                " predictions. Pass tx.update(grads, state, params, **supervised(apply_fn, inputs,"
-                " targets)), or your own sampled_losses_fn=lambda params, key: the losses, not"
-                " reduced, of targets drawn with key; or take hutchinson(), which needs value_fn"
-                " alone. Flax's own TrainState passes none on: take lama_optax.flax.TrainState. Got"
+                "sampled_losses_fn is missing: fisher() draws random losses. Pass tx.update(grads,"
+                " state, params, **supervised(apply_fn, inputs, targets)), or your own"
+                " sampled_losses_fn=lambda params, key: the losses, not reduced, of targets that"
+                " key draws from the predictions; or take hutchinson(), which needs value_fn alone."
+                " Flax's own TrainState passes none on: take lama_optax.flax.TrainState. Got"
                 f" sampled_losses_fn={sampled_losses_fn!r}."
             )
-        check_visible("sampled_losses_fn", params)
-        closed = jax.make_jaxpr(sampled_losses_fn)(params, key)
-        check_own_part("sampled_losses_fn", closed)
+        operations = operations_of_own_part("sampled_losses_fn", sampled_losses_fn, params, key)
 
         def scaled_mean(p: PyTree, sample_key: jax.Array) -> jax.Array:
-            losses, weights = unreduced("sampled_losses_fn", sampled_losses_fn(p, sample_key))
-            losses = losses.astype(layers.dtype)
-            if weights is None:
-                return jnp.sum(losses) / losses.size**0.5
-            weights = jax.lax.stop_gradient(weights.astype(layers.dtype))
-            losses = jnp.where(weights > 0, losses, 0)  # padding may hold anything
+            out = sampled_losses_fn(p, sample_key)
+            losses, weights = unreduced("sampled_losses_fn", out, layers.dtype)
             return jnp.sum(jnp.sqrt(weights) * losses) / jnp.sqrt(jnp.sum(weights))
 
-        gradient_fn = channels_last(jax.grad(scaled_mean), names_in(closed))
+        gradient_fn = channels_last(jax.grad(scaled_mean), operations)
 
         def trace(sample_key: jax.Array) -> jax.Array:
             gradient = gradient_fn(params, sample_key)
@@ -88,17 +71,18 @@ def fisher(num_samples: int = 1) -> _Fisher:
     r"""The trace of each layer's Gauss-Newton (Fisher) block, from one backward pass a sample.
 
     .. math::
-      H_l = \frac{1}{N_l}\, n\, \mathbb{E}_{y \sim p(\cdot \mid z(\theta))}
-        \Big\lVert \frac{1}{n} \sum_{i=1}^{n} \nabla_{\theta_l} \ell(z_i(\theta), y_i)
-        \Big\rVert^2
+      H_l = \frac{1}{N_l}\, n\, \mathbb{E}
+        \Big\lVert \frac{1}{n} \sum_{i=1}^{n} J_{il}^\top b_i \Big\rVert^2
       = \frac{1}{N_l}\, \frac{1}{n} \sum_{i=1}^{n}
         \operatorname{tr}\left( J_{il}^\top\, \nabla_z^2 \ell_i\, J_{il} \right),
-      \qquad J_{il} = \frac{\partial z_i}{\partial \theta_l}
+      \qquad J_{il} = \frac{\partial z_i}{\partial \theta_l}, \quad
+      \mathbb{E}[b_i b_i^\top] = \nabla_z^2 \ell_i
 
-    The targets y are drawn from the model's own predictions, not taken from the data, so that the
-    gradients' cross terms have mean 0. It needs no second derivative, no loss of one example and no
-    memory beyond one gradient, so it works on whatever has a gradient: BatchNorm and dropout as
-    they train, `jax.custom_vjp`, fused attention, any depth.
+    The random vectors :math:`b_i` are independent and have mean 0, so that cross terms have mean 0.
+    Such are those of `supervised`, and :math:`\nabla_z \ell(z_i, y_i)` with targets y drawn from
+    the model's own predictive distribution: so it is the Fisher matrix too. It needs no second
+    derivative, no loss of one example and no memory beyond one gradient, so it works on whatever
+    has a gradient: BatchNorm and dropout as they train, `jax.custom_vjp`, fused attention.
 
     It estimates the Gauss-Newton matrix, which is never negative. That is the Hessian where the
     residuals' part :math:`\sum_i \partial_z \ell_i \cdot \nabla_\theta^2 z_i` vanishes: for outputs
@@ -108,25 +92,25 @@ def fisher(num_samples: int = 1) -> _Fisher:
     agree within 3 %.
 
     Args:
-      num_samples: how many times targets are drawn, each for one forward and one backward pass;
-        static. With one there is no standard error (NaN); `track_curvature` has it from the
+      num_samples: how many times the vectors are drawn, each for one forward and one backward
+        pass; static. With one there is no standard error (NaN); `track_curvature` has it from the
         spread of its estimates.
 
     Returns:
-      An estimator that needs ``sampled_losses_fn(params, key)`` by keyword: the losses, not
-      reduced, of predictions whose targets are drawn with ``key`` from the predictive distribution
-      at ``params`` (by `jax.lax.stop_gradient` of the outputs). For padding or weights w it
-      returns ``(losses, weights)``, and stands for the loss sum(w l) / sum(w). `supervised` makes
-      it for the usual losses.
+      An estimator that needs ``sampled_losses_fn(params, key)`` by keyword: a loss for each
+      prediction, not reduced, whose gradient in the outputs is :math:`b_i`. `supervised` makes it
+      for the usual losses; for another return the losses of targets that ``key`` draws (by
+      `jax.lax.stop_gradient` of the outputs). For padding or weights w return ``(losses,
+      weights)``; it stands for the loss sum(w l) / sum(w).
 
     Raises:
       ValueError: naming the argument, its value and what is allowed.
 
     References:
       Kunstner, Balles and Hennig, `Limitations of the Empirical Fisher Approximation
-      <https://arxiv.org/abs/1905.12558>`_, 2019, for why targets are drawn; Martens, `New Insights
-      and Perspectives on the Natural Gradient Method <https://arxiv.org/abs/1412.1193>`_, 2020,
-      for when the Fisher matrix is the Gauss-Newton matrix
+      <https://arxiv.org/abs/1905.12558>`_, 2019, for why the data's targets will not do; Martens,
+      `New Insights and Perspectives on the Natural Gradient Method
+      <https://arxiv.org/abs/1412.1193>`_, 2020, for when Fisher is Gauss-Newton
 
     Examples:
       >>> import jax, jax.numpy as jnp

@@ -19,11 +19,11 @@ import optax
 
 from lama_optax._checks import check_count, check_word
 from lama_optax._jaxpr.channels_last import channels_last
-from lama_optax._jaxpr.curvature.second_derivatives import second_derivatives
+from lama_optax._jaxpr.second_derivatives import second_derivatives
 from lama_optax.curvature.examples import check_mean
 from lama_optax.curvature.hutchinson import hutchinson
 from lama_optax.curvature.probes import signs
-from lama_optax.curvature.protocol import LayerCurvature, has_custom_vjp
+from lama_optax.curvature.protocol import LayerCurvature, has_custom_vjp, standard_error
 from lama_optax.curvature.signed_loss import SignedLoss, example_signs
 from lama_optax.layers import Layers, LayerSpec, resolve_layers
 
@@ -150,7 +150,7 @@ class _Flipout:
 
         def joint(params: PyTree, *rest: Any) -> tuple[jax.Array, jax.Array]:
             def along(t: jax.Array) -> jax.Array:
-                return loss(t, params, *rest)[0]
+                return loss(t, params, *rest)
 
             t = loss.zeros(params, rest[-1])
             (value, _), (_, product) = jax.jvp(jax.value_and_grad(along), (t,), (t + scale,))
@@ -168,9 +168,8 @@ def _balanced(updates: PyTree, layers: Layers) -> jax.Array:
     """How far joint scope moves each layer, shape (L,): about 1/|g_l|, or 1 without a gradient.
 
     With layer k moved by s_k v_k, layer l is read as (1/s_l) sum_k s_k v_l^T H_lk v_k. Its own
-    term is free of s; the others have mean 0 and, where H_lk is of the size of the root of the
-    traces' product, the same relative noise in every layer if s is 1 over the trace's root. A
-    gradient's norm follows that root. A layer whose gradient vanishes must not drown the others.
+    term is free of s. The others have like noise in all layers if s is 1 over the trace's root,
+    which a gradient's norm follows. A layer whose gradient vanishes must not drown the others.
     """
     if updates is None:
         return jnp.ones(len(layers.names), layers.dtype)
@@ -185,17 +184,13 @@ def _balanced(updates: PyTree, layers: Layers) -> jax.Array:
 
 def _standard_error(samples: jax.Array, independent: list[bool]) -> jax.Array:
     """One standard error of the mean of samples (K, B, L), given the batch."""
-    num_probes, batch_size, num_layers = samples.shape
-    root = jnp.sqrt(jnp.asarray(num_probes * batch_size, samples.dtype))
-    if num_probes == 1:
-        within = jnp.std(samples[0], axis=0, ddof=1) / root
-        between = jnp.full((num_layers,), jnp.nan, samples.dtype)
+    between: Any = standard_error(jnp.mean(samples, axis=1))
+    if between is None:
+        between, variance = jnp.nan, jnp.var(samples[0], axis=0, ddof=1)
     else:
-        within = jnp.sqrt(jnp.mean(jnp.var(samples, axis=0, ddof=1), axis=0)) / root
-        between = jnp.std(jnp.mean(samples, axis=1), axis=0, ddof=1) / jnp.sqrt(
-            jnp.asarray(num_probes, samples.dtype)
-        )
-    return jnp.where(jnp.asarray(independent), within, between)
+        variance = jnp.mean(jnp.var(samples, axis=0, ddof=1), axis=0)
+    count = jnp.asarray(samples.shape[0] * samples.shape[1], samples.dtype)
+    return jnp.where(jnp.asarray(independent), jnp.sqrt(variance / count), between)
 
 
 def flipout(num_probes: int = 1, *, scope: str | None = None) -> _Flipout:
@@ -207,17 +202,13 @@ def flipout(num_probes: int = 1, *, scope: str | None = None) -> _Flipout:
       \qquad L = \frac{1}{B} \sum_{b=1}^{B} L_b
 
     Of a weight with axes 1 to n the probe is
-    :math:`v_b = (s_{b1} \otimes \dots \otimes s_{bn}) \odot V`, with one
-    Rademacher V for all examples and a vector of signs for each axis and example. In
-    products of the weight with activations the signs go to the activations, so that the examples
-    together still cost one matrix product with W and one with V. Where a use of a weight cannot
-    carry the signs of an axis (a convolution's window, the rows of an embedding), that axis has
-    none in all uses of the weight: the estimate stays unbiased, with more variance. Where a dense
-    layer has one row of outputs for each example and its weight no other use, the mean over inputs
-    is taken exactly: the outputs move by :math:`|h_b|\, s_b` and no product with V is needed. In
-    block scope an activation f between a layer and the next product, at z = h W + b, adds
-    :math:`f''(z)\, \mathrm{E}[z'^2] = f''(z)(|h|^2 + 1)` instead of :math:`f''(z)\, z'^2`: the
-    mean over probes is exact there too.
+    :math:`v_b = (s_{b1} \otimes \dots \otimes s_{bn}) \odot V`, with one Rademacher V for all
+    examples and a vector of signs for each axis and example. In products the signs go to the
+    activations, so that the examples together cost one matrix product with W and one with V. Where
+    a use of a weight cannot carry the signs of an axis (a convolution's window, the rows of an
+    embedding), that axis has none: the estimate stays unbiased, with more variance. Where a dense
+    layer has one row h of outputs for each example and its weight no other use, the outputs move by
+    :math:`|h_b|\, s_b`, the mean over V, without a product.
 
     These short cuts are for real numbers and the operations of a list. Whatever else a loss is made
     of takes a way that is slower and right for what has a second derivative; a loss with a
@@ -236,19 +227,16 @@ def flipout(num_probes: int = 1, *, scope: str | None = None) -> _Flipout:
     Args:
       num_probes: K, the number of probes for each example; static. They take turns, in the memory
         of one.
-      scope: ``"joint"``: all layers at once, whatever the depth; in an optimizer, or with the
-        gradient as ``updates``, each layer's probe is scaled by about one over the norm of its
-        gradient, so that no layer drowns in the noise of others whose curvature is larger.
-        ``"block"``: one layer at a time, without the noise of the other layers. Tangents of each
-        pass forwards once, from where its weights are used: cost and compile time grow with the
-        number of layers.
-        None: ``"block"`` up to 8 layers, where it was measured to be the cheaper too.
+      scope: ``"joint"``: all layers at once, whatever the depth; with the gradient as ``updates``,
+        which an optimizer adds by itself, each layer's probe is scaled by about one over the norm
+        of its gradient, so that no layer drowns in the noise of others. ``"block"``: one layer at a
+        time, without that noise; cost and compile time grow with the number of layers. None:
+        ``"block"`` up to 8 layers.
 
     Returns:
       An estimator that needs two arguments by keyword: ``example_value_fn(params, example)``, the
       scalar loss of one example, and ``batch``, a pytree of arrays with the examples along the
-      leading axis. The loss whose curvature it estimates is the mean over the batch. A third,
-      ``updates``, the gradient or anything shaped like it, is what an optimizer adds by itself.
+      leading axis. The loss whose curvature it estimates is the mean over the batch.
 
     Raises:
       ValueError: naming the argument, its value and what is allowed.

@@ -65,7 +65,10 @@ class _Hutchinson:
             return quadratic_forms(at, probe)
 
         keys = jax.random.split(key, self.num_probes)
-        samples = _map(sample, keys, chunk)
+        if chunk < self.num_probes:
+            samples = jax.lax.map(sample, keys, batch_size=chunk if chunk > 1 else None)
+        else:
+            samples = jax.vmap(sample)(keys)
         return LayerCurvature.from_trace(layers, jnp.mean(samples, axis=0), standard_error(samples))
 
     def _quadratic_forms(
@@ -99,33 +102,23 @@ class _Hutchinson:
     def _hessian_vector_product(
         self, objective: Objective, params: PyTree, primitives: frozenset[str]
     ) -> Callable[[PyTree, PyTree], PyTree]:
+        gradient = jax.grad(objective)
         if self.hvp == "exact":
-
-            def product(params: PyTree, v: PyTree) -> PyTree:
-                return jax.jvp(jax.grad(objective), (params,), (v,))[1]
-
-            return channels_last(product, primitives)
-
-        gradient = channels_last(jax.grad(objective), primitives)
+            return channels_last(lambda p, v: jax.jvp(gradient, (p,), (v,))[1], primitives)
         # H v ~ (grad L(theta + delta v) - grad L(theta)) / delta
+        gradient = channels_last(gradient, primitives)
         at_params = gradient(params)
         steps = jax.tree.map(lambda p: _representable_step(p, self.fd_step), params)
 
+        def moved(p: jax.Array, v: jax.Array, step: jax.Array) -> jax.Array:
+            return (p.astype(step.dtype) + step * v.astype(step.dtype)).astype(p.dtype)
+
+        def quotient(g1: jax.Array, g0: jax.Array, step: jax.Array) -> jax.Array:
+            return (g1.astype(step.dtype) - g0.astype(step.dtype)) / step
+
         def finite_difference(params: PyTree, v: PyTree) -> PyTree:
-            moved = jax.tree.map(
-                lambda p, d, step: (p.astype(step.dtype) + step * d.astype(step.dtype)).astype(
-                    p.dtype
-                ),
-                params,
-                v,
-                steps,
-            )
-            return jax.tree.map(
-                lambda g1, g0, step: (g1.astype(step.dtype) - g0.astype(step.dtype)) / step,
-                gradient(moved),
-                at_params,
-                steps,
-            )
+            at_moved = gradient(jax.tree.map(moved, params, v, steps))
+            return jax.tree.map(quotient, at_moved, at_params, steps)
 
         return finite_difference
 
@@ -155,12 +148,6 @@ def _anew(params: PyTree, probe_key: jax.Array) -> tuple[PyTree, jax.Array]:
     vectors, probe_key = jax.lax.optimization_barrier((vectors, probe_key))
     anew = [vectors.get(i, leaf) for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(treedef, anew), probe_key
-
-
-def _map(fn: Callable[[jax.Array], jax.Array], keys: jax.Array, chunk: int) -> jax.Array:
-    if chunk >= keys.shape[0]:
-        return jax.vmap(fn)(keys)
-    return jax.lax.map(fn, keys, batch_size=None if chunk == 1 else chunk)
 
 
 def hutchinson(

@@ -1,8 +1,9 @@
 """Curvature outside an optimizer: of one batch, of a whole data set, or until it is known well."""
 
+import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import jax
@@ -10,12 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lama_optax._checks import check_count, check_number
-from lama_optax.curvature.protocol import (
-    Estimator,
-    LayerCurvature,
-    as_typed_key,
-    check_estimator,
-)
+from lama_optax.curvature.protocol import Estimator, LayerCurvature, as_typed_key, check_estimator
 from lama_optax.layers import Layers, LayerSpec, resolve_layers
 
 PyTree = Any
@@ -35,33 +31,28 @@ def layer_curvature(
     share: float = 1.0,
     **estimator_args: Any,
 ) -> LayerCurvature:
-    """Estimates each layer's average curvature outside an optimizer.
-
-    Without ``batches`` and ``relative_error`` it makes one estimate. With ``batches`` it makes one
-    for each, and returns their mean; the standard error is from the spread between them, so that
-    it holds the noise of the batches and of the estimator. With ``relative_error`` it estimates
-    again and again, and stops when the layers are known that well.
+    """Estimates each layer's average curvature outside an optimizer: once, or again and again.
 
     Args:
       params: pytree of real floating-point arrays, any mixture of dtypes.
       key: a seed or a PRNG key. The i-th of several estimates uses ``fold_in(key, i)``.
       estimator: for instance `fisher`, `hutchinson` or `exact_trace`.
       layers: what one layer is, see `layer_names`.
-      batches: an iterable of what the estimator needs, one dict for each batch: a data loader's, as
-        ``(supervised(apply_fn, x, y) for x, y in loader)``. Each counts alike, so let them have the
-        same size. One batch is in memory at a time. The estimate is compiled once where the batches
-        have equal shapes and the functions are the same objects, as `supervised` makes them
-        (`jax.tree_util.Partial` of one function and the batch).
-      relative_error: stop when the standard error is at most this part of the mean's absolute
-        value, in (0, 1). With ``batches``, when that is reached or they end.
+      batches: an iterable of what the estimator needs, one dict a batch, for one estimate each: a
+        data loader's, as ``(supervised(apply_fn, x, y) for x, y in loader)``. Each counts alike, so
+        let them have the same size. One is in memory at a time. The estimate is compiled once where
+        their shapes are equal and the functions are the same objects, as `supervised` makes them.
+      relative_error: estimate until the standard error is at most this part of the mean's absolute
+        value, in (0, 1), or ``batches`` end.
       max_samples: the most estimates that ``relative_error`` may take.
       share: the part of the layers, in (0, 1], that has to be known that well.
       **estimator_args: what the estimator needs, by name: ``value_fn``, or all of ``supervised``.
 
     Returns:
-      A `LayerCurvature` of three ``(L,)`` arrays, in the order of `layer_names`. The trace of
-      a layer's Hessian block is ``mean * size``, its standard error ``std_error * size``. From one
-      batch, or one sample, there is no spread: NaN, unless the estimator itself knows its error.
+      A `LayerCurvature` of three ``(L,)`` arrays, in the order of `layer_names`: the mean over the
+      estimates, its standard error from the spread between them (of one: the estimator's own, NaN
+      with ``batches``), which holds the noise of the batches too, and the sizes. The trace of a
+      layer's Hessian block is ``mean * size``.
 
     Raises:
       ValueError: if an argument of the estimator is missing, ``params`` has a leaf that is
@@ -91,35 +82,29 @@ def layer_curvature(
         check_number("relative_error", relative_error, "in (0, 1)", low=1e-30, high=1)
         check_count("max_samples", max_samples)
         check_number("share", share, "in (0, 1]", low=1e-30, high=1 + 1e-12)
-    found: Iterable[dict[str, Any]]
-    if batches is None:
-        found = itertools.repeat(estimator_args, max_samples)
-    else:
+    found: Iterable[dict[str, Any]] = itertools.repeat(estimator_args)
+    if batches is not None:
         found = (estimator_args | dict(batch) for batch in batches)
-        if relative_error is not None:
-            found = itertools.islice(found, max_samples)
-    total = max_samples if batches is None else None
-    if hasattr(batches, "__len__"):
-        total = len(batches)  # type: ignore[arg-type]
+    if relative_error is not None:
+        found = itertools.islice(found, max_samples)
+    total = len(batches) if isinstance(batches, Sized) else None
     estimate = _compiled_once(estimator, params, partition)
-    own_error: jax.Array | None = None
+    last: LayerCurvature | None = None
 
     def means() -> Iterator[np.ndarray]:
-        nonlocal own_error
+        nonlocal last
         for i, arguments in enumerate(_with_progress(found, total)):
-            one = estimate(jax.random.fold_in(key, i), arguments)
-            own_error = one.std_error
-            yield np.asarray(one.mean, np.float64)
+            last = estimate(jax.random.fold_in(key, i), arguments)
+            yield np.asarray(last.mean, np.float64)
 
     samples = _collected(means(), partition.names, relative_error, share)
-    size = partition.size_array()
-    error = own_error if batches is None else None
+    if len(samples) == 1 and batches is None and last is not None:
+        return last
+    size = np.asarray(partition.sizes, np.float64)
+    trace, error = np.mean(samples, axis=0) * size, None
     if len(samples) > 1:
-        error = jnp.asarray(_error(samples), partition.dtype)
-    mean = jnp.asarray(np.mean(samples, axis=0), partition.dtype)
-    return LayerCurvature.from_trace(
-        partition, mean * size, None if error is None else error * size
-    )
+        error = jnp.asarray(_error(samples) * size, partition.dtype)
+    return LayerCurvature.from_trace(partition, jnp.asarray(trace, partition.dtype), error)
 
 
 def _collected(
@@ -173,30 +158,21 @@ def _compiled_once(
 ) -> Callable[[jax.Array, dict[str, Any]], LayerCurvature]:
     """The estimate as a function of a key and arguments: arrays are traced, functions static."""
 
-    def compiled(
-        key: jax.Array, params: PyTree, arrays: list[Any], structure: Any, static: tuple[Any, ...]
-    ) -> LayerCurvature:
-        traced, fixed = iter(arrays), iter(static)
-        leaves = [next(traced) if x is _ARRAY else x for x in fixed]
-        arguments = jax.tree.unflatten(structure, leaves)
-        return estimator.estimate(key, params, layers, **arguments)
-
-    jitted = jax.jit(compiled, static_argnums=(3, 4))
+    @functools.partial(jax.jit, static_argnums=3)
+    def compiled(key: jax.Array, params: PyTree, traced: Any, fixed: Any) -> LayerCurvature:
+        return estimator.estimate(key, params, layers, **traced, **dict(fixed))
 
     def estimate(key: jax.Array, arguments: dict[str, Any]) -> LayerCurvature:
-        leaves, structure = jax.tree.flatten(arguments)
-        static = tuple(_ARRAY if _is_array(leaf) else leaf for leaf in leaves)
-        arrays = [leaf for leaf in leaves if _is_array(leaf)]
-        return jitted(key, params, arrays, structure, static)
+        traced = {name: x for name, x in arguments.items() if _is_traced(x)}
+        fixed = tuple((name, x) for name, x in arguments.items() if name not in traced)
+        return compiled(key, params, traced, fixed)
 
     return estimate
 
 
-_ARRAY = "an array stands here"
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.number | int | float)
+def _is_traced(argument: Any) -> bool:
+    kinds = jax.Array | np.ndarray | np.number | int | float
+    return all(isinstance(leaf, kinds) for leaf in jax.tree.leaves(argument))
 
 
 def _with_progress(items: Iterable[Any], total: int | None) -> Iterable[Any]:

@@ -27,24 +27,16 @@ class LayerCurvature(NamedTuple):
     ) -> "LayerCurvature":
         """From each layer's trace, shape (L,), and the trace's standard error, None if unknown."""
         mean = layers.average(trace)
-        if std_error is None:
-            # From numpy: `jax.debug_nans` looks for NaN in what JAX computes.
-            error = jnp.asarray(np.full(mean.shape, np.nan, mean.dtype))
-        else:
-            error = layers.average(std_error)
-        fits = max(layers.sizes, default=0) < 2**31
-        dtype = jnp.int32 if fits else layers.dtype
-        size = jnp.asarray(np.asarray(layers.sizes, np.int64 if fits else np.float64), dtype)
-        return cls(mean, error, size)
+        # From numpy: `jax.debug_nans` looks for NaN in what JAX computes, `jnp.asarray` too.
+        unknown = jax.device_put(np.full(mean.shape, np.nan, mean.dtype))
+        dtype = np.int32 if max(layers.sizes, default=0) < 2**31 else layers.dtype
+        size = jnp.asarray(np.asarray(layers.sizes, dtype))
+        return cls(mean, unknown if std_error is None else layers.average(std_error), size)
 
 
 @runtime_checkable
 class Estimator(Protocol):
-    """A record of settings with one method; never itself callable.
-
-    `optax.inject_hyperparams` takes every callable argument for a schedule and every number for
-    an array: settings that must be static live inside the record.
-    """
+    """A record of static settings with one method; never itself callable, as a schedule is."""
 
     def estimate(
         self, key: jax.Array, params: PyTree, layers: Layers, /, **extra_args: Any
@@ -55,8 +47,8 @@ class Estimator(Protocol):
           key: PRNG key for this estimate alone.
           params: pytree of real floating-point arrays.
           layers: the partition of its leaves.
-          **extra_args: what the caller of ``update`` passed, and ``updates``, what the optimizer
-            was given to rescale; an estimator names what it needs and ignores the rest.
+          **extra_args: what ``update`` was passed, and its ``updates``; an estimator names what it
+            needs and ignores the rest.
         """
         ...
 
@@ -71,18 +63,14 @@ def check_estimator(estimator: Any) -> None:
 
 
 def as_typed_key(key: int | jax.Array) -> jax.Array:
-    """A typed PRNG key from a seed, raw key data or a typed key.
-
-    Raises:
-      ValueError: if ``key`` is none of these, or several keys.
-    """
+    """A typed PRNG key from a seed, raw key data or a typed key."""
     if isinstance(key, int | np.integer | np.ndarray | jax.Array) and not isinstance(key, bool):
         dtype, shape = jnp.result_type(key), jnp.shape(key)
-        if jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
+        if shape == () and jnp.issubdtype(dtype, jax.dtypes.prng_key):
             return jnp.asarray(key)
-        if jnp.issubdtype(dtype, jnp.integer) and shape == ():
+        if shape == () and jnp.issubdtype(dtype, jnp.integer):
             return jax.random.key(key)
-        if dtype == jnp.uint32 and len(shape) == 1:
+        if len(shape) == 1 and dtype == jnp.uint32:
             return jax.random.wrap_key_data(jnp.asarray(key))
     raise ValueError(
         f"key must be an integer seed, one typed PRNG key or the raw data of one; got {key!r}."
@@ -98,11 +86,7 @@ def standard_error(samples: jax.Array) -> jax.Array | None:
 
 
 def check_batch(batch: PyTree) -> int:
-    """The number of examples along the leading axis of all arrays of ``batch``.
-
-    Raises:
-      ValueError: if they differ or there are none.
-    """
+    """The number of examples along the leading axis of all arrays of ``batch``."""
     lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
     if len(lengths) != 1 or lengths & {(), (0,)}:
         raise ValueError(
@@ -113,11 +97,9 @@ def check_batch(batch: PyTree) -> int:
 
 
 def of_each_device(tree: PyTree, like: PyTree) -> PyTree:
-    """``tree``, which in `jax.shard_map` may differ between devices if an array of ``like`` may.
-
-    JAX sums a derivative by what all devices share over them; an example's is its device's own.
-    """
-    numbers = [x for x in jax.tree.leaves(like) if jnp.isdtype(x.dtype, ("numeric", "bool"))]
+    """``tree``, but no longer shared by the devices: JAX sums derivatives by what is over them."""
+    typed = jax.dtypes.prng_key  # as of dropout, in which there is no number
+    numbers = [x for x in jax.tree.leaves(like) if not jnp.issubdtype(x.dtype, typed)]
     zero = sum((jnp.zeros_like(jnp.sum(x), jnp.float32) for x in numbers), jnp.float32(0))
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
 
@@ -134,22 +116,21 @@ def check_visible(name: str, params: PyTree) -> None:
         )
 
 
-def check_own_part(name: str, closed: Any) -> None:
-    """Raises `ValueError` if the jaxpr of the function ``name`` speaks with other devices."""
+def operations_of_own_part(name: str, fn: Callable[..., Any], *args: PyTree) -> frozenset[str]:
+    """The names of all operations in the function ``name`` of params and what follows."""
+    check_visible(name, args[0])
+    closed = jax.make_jaxpr(fn)(*args)
     if holds_collective(closed):
         raise ValueError(
             f"{name} holds a collective (a psum or all_gather over a mapped axis):"
             " its devices' draws could not be told apart. Let it return the losses of this"
             " device's part of the batch, or train under jax.jit with sharded arrays."
         )
+    return names_in(closed)
 
 
-def unreduced(name: str, out: Any) -> tuple[jax.Array, jax.Array | None]:
-    """The losses and the weights, None for equal ones, that the function ``name`` returned.
-
-    Raises:
-      ValueError: if they are not what a function of losses, not reduced, returns.
-    """
+def unreduced(name: str, out: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """The losses and the weights that the function ``name`` returned, in ``dtype``."""
     losses, weights = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
     shape, is_array = jnp.shape(losses), jax.tree_util.all_leaves([losses])
     if not is_array or not shape or not jnp.issubdtype(jnp.result_type(losses), jnp.floating):
@@ -161,18 +142,17 @@ def unreduced(name: str, out: Any) -> tuple[jax.Array, jax.Array | None]:
         raise ValueError(
             f"{name} must return weights of the losses' shape {shape}; got {jnp.shape(weights)}."
         )
-    return jnp.asarray(losses), None if weights is None else jnp.asarray(weights)
+    losses = jnp.asarray(losses, dtype)
+    if weights is None:
+        return losses, jnp.ones_like(losses)
+    weights = jax.lax.stop_gradient(jnp.asarray(weights, dtype))
+    return jnp.where(weights > 0, losses, 0), weights  # padding may hold anything
 
 
 def scalar_objective(
     value_fn: Callable[[PyTree], Any] | None, params: PyTree, has_aux: bool
 ) -> Callable[[PyTree], jax.Array]:
-    """Checks ``value_fn`` and drops its auxiliary output.
-
-    Raises:
-      ValueError: if ``value_fn`` is missing or returns no real scalar, or if ``params`` are
-        partly hidden, so that ``value_fn`` could not be evaluated on them.
-    """
+    """``value_fn``, checked and without its auxiliary output."""
     if value_fn is None:
         raise ValueError(
             "value_fn is missing: the curvature is estimated from it. Pass the loss as a function"
@@ -192,32 +172,30 @@ def scalar_objective(
         except Exception as error:
             error.add_note(
                 "lama_optax: raised while value_fn was evaluated on params of structure"
-                f" {jax.tree.structure(p)}. If a wrapper such as optax.flatten has reshaped params,"
-                " leave it out: it hides the layers."
+                f" {jax.tree.structure(p)} alone: bind what else it takes, value_fn=lambda p:"
+                " loss_fn(p, batch). If a wrapper such as optax.flatten has reshaped params, leave"
+                " it out: it hides the layers."
             )
             raise
-        if has_aux:
-            if not isinstance(value, tuple) or len(value) != 2:
-                raise ValueError(
-                    f"value_fn must return (value, aux) with has_aux=True; got {type(value)}."
-                )
-            value = value[0]
-        elif isinstance(value, tuple):
+        if has_aux and not (isinstance(value, tuple) and len(value) == 2):
+            raise ValueError(
+                f"value_fn must return (value, aux) with has_aux=True; got {type(value)}."
+            )
+        if isinstance(value, tuple) and not has_aux:
             raise ValueError(
                 "value_fn must return a scalar; it returned a tuple. If that is (value, aux), use"
                 " has_aux=True, for instance estimator=hutchinson(has_aux=True)."
             )
-        if not jax.tree_util.all_leaves([value]):
-            raise ValueError(
-                f"value_fn must return a real floating-point scalar; got {type(value)}."
-            )
-        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            raise ValueError(
-                "value_fn must return a real floating-point scalar; got shape"
-                f" {jnp.shape(value)} and dtype {jnp.result_type(value)}. Reduce the loss over the"
-                " batch, for instance with jnp.mean."
-            )
-        return jnp.asarray(value)
+        value = value[0] if has_aux else value
+        found = f"{type(value)}"
+        if jax.tree_util.all_leaves([value]):
+            found = f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
+            if jnp.shape(value) == () and jnp.issubdtype(jnp.result_type(value), jnp.floating):
+                return jnp.asarray(value)
+        raise ValueError(
+            f"value_fn must return a real floating-point scalar; got {found}. Reduce the loss over"
+            " the batch, for instance with jnp.mean."
+        )
 
     return objective
 
@@ -235,11 +213,7 @@ def has_custom_vjp(primitives: frozenset[str]) -> bool:
 def check_twice_differentiable(
     objective: Callable[[PyTree], jax.Array], params: PyTree, primitives: frozenset[str]
 ) -> None:
-    """Raises `ValueError` if a `jax.custom_vjp` in ``objective`` has no second derivative.
-
-    JAX finds that out when it compiles, far from here, so a loss that holds a `jax.custom_vjp` is
-    differentiated once more in the abstract.
-    """
+    """Raises `ValueError` where JAX would, far from here: a custom_vjp without a derivative."""
     if not has_custom_vjp(primitives):
         return
 

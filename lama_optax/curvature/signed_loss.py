@@ -7,10 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lama_optax._jaxpr.curvature.second_derivatives import Entry
 from lama_optax._jaxpr.interpret import names_in
-from lama_optax._jaxpr.weights.follow import evaluate
-from lama_optax._jaxpr.weights.signs import Perturbed, Record, Signs
+from lama_optax._jaxpr.weights import Record, Weight, evaluate
 from lama_optax.curvature.examples import trace_checked
 from lama_optax.curvature.probes import along_examples
 from lama_optax.curvature.protocol import (
@@ -39,7 +37,8 @@ class SignedLoss:
             raise ValueError(
                 "example_value_fn and batch are needed by flipout: tx.update(grads, state, params,"
                 " example_value_fn=lambda p, example: loss of one example, batch=batch), where the"
-                " arrays of batch have the examples along their leading axis."
+                " arrays of batch have the examples along their leading axis. Flax's own TrainState"
+                " passes none on: take lama_optax.flax.TrainState."
             )
         check_batch(batch)
         check_visible("example_value_fn", params)
@@ -63,7 +62,7 @@ class SignedLoss:
         def find(params: PyTree, batch: PyTree) -> jax.Array:
             def one(own: jax.Array, example: PyTree) -> jax.Array:
                 t = self.zeros(params, example)
-                return self._evaluated(t, params, params, own, example, found)
+                return self(t, params, params, own, example, found)
 
             own = example_signs(jax.random.key(0), batch, self.num_signs)
             return jax.vmap(one)(own, batch)
@@ -115,25 +114,19 @@ class SignedLoss:
             yield from (shape[axis] for axis in axes) if shape else (1,)
 
     def __call__(
-        self, t: Any, params: PyTree, probe: PyTree, own: jax.Array, example: PyTree
-    ) -> tuple[jax.Array, list[Entry]]:
-        """The loss where layer l's weights are moved by ``t[l]``, and where these moves enter.
-
-        ``own``, of shape (num_signs,), are the example's signs.
-        """
-        entries: list[Entry] = []
-        record = Record(self._single, entries)
-        return self._evaluated(t, params, probe, own, example, record), entries
-
-    def _evaluated(
         self,
         t: Any,
         params: PyTree,
         probe: PyTree,
         own: jax.Array,
         example: PyTree,
-        record: Record,
+        record: Record | None = None,
     ) -> jax.Array:
+        """The loss where layer l's weights are moved by ``t[l]``.
+
+        ``own``, of shape (num_signs,), are the example's signs.
+        """
+        record = record or Record(self._single)
         like = (params, example, self.closed.consts)
         leaves, probes = (jax.tree.leaves(of_each_device(tree, like)) for tree in (params, probe))
         scales = jax.tree.leaves(self.layers.spread(t, params))
@@ -142,12 +135,12 @@ class SignedLoss:
         for i, (leaf, v, scale, axes) in enumerate(
             zip(leaves, probes, scales, self._signed, strict=True)
         ):
-            groups = [
-                Signs(frozenset({axis}), (axis,), next(signs).astype(leaf.dtype)) for axis in axes
-            ]
-            if not leaf.ndim:
-                groups = [Signs(frozenset(), (), next(signs).reshape(()).astype(leaf.dtype))]
-            weights.append(Perturbed(i, leaf, v, scale, tuple(groups), record))
+            own_signs = {}
+            for axis in axes if leaf.ndim else (0,):
+                shape = [n if j == axis else 1 for j, n in enumerate(leaf.shape)]
+                own_signs[axis] = next(signs).reshape(shape).astype(leaf.dtype)
+            has_mean = len(own_signs) >= leaf.ndim  # no signs were lost
+            weights.append(Weight(i, leaf, v, scale, own_signs, record, has_mean))
         (value,) = evaluate(self.closed, [*weights, *jax.tree.leaves(example)])
         return value
 

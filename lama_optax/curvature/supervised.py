@@ -10,45 +10,43 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
-from lama_optax._checks import check_count, check_word
+from lama_optax._checks import check_count, check_word, wide_dtype
+from lama_optax.curvature.probes import signs
 from lama_optax.curvature.protocol import check_batch, of_each_device
 
 PyTree = Any
 ApplyFn = Callable[[PyTree, PyTree], jax.Array]
 
 
-def _bernoulli(key: jax.Array, outputs: jax.Array) -> jax.Array:
-    return jax.random.bernoulli(key, jax.nn.sigmoid(outputs)).astype(outputs.dtype)
+def _softmax_root(outputs: jax.Array, e: jax.Array) -> jax.Array:
+    p = jax.nn.softmax(outputs)
+    scaled = jnp.sqrt(p) * e
+    return scaled - p * jnp.sum(scaled, axis=-1, keepdims=True)
 
 
-def _gaussian(key: jax.Array, outputs: jax.Array) -> jax.Array:
-    # (z - y)^2 is -log of a normal density of variance 1/2, but for a constant.
-    return outputs + jax.random.normal(key, outputs.shape, outputs.dtype) * 0.5**0.5
+def _sigmoid_root(outputs: jax.Array, e: jax.Array) -> jax.Array:
+    return jnp.sqrt(jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs)) * e
 
 
-def _squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    return jnp.square(outputs - targets.astype(outputs.dtype))
-
-
-def _sigmoid_binary_cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    return optax.losses.sigmoid_binary_cross_entropy(outputs, targets.astype(outputs.dtype))
-
-
-# Of each loss: the losses of predictions, from outputs and targets; targets drawn from outputs.
+# Of each loss: the losses of outputs z and targets; and B e, where B B^T = d^2 l / dz^2.
 _LOSSES: dict[str, tuple[Callable[..., jax.Array], Callable[..., jax.Array]]] = {
     "softmax_cross_entropy": (
         optax.losses.softmax_cross_entropy_with_integer_labels,
-        jax.random.categorical,
+        _softmax_root,  # B B^T = diag(p) - p p^T
     ),
-    "sigmoid_binary_cross_entropy": (_sigmoid_binary_cross_entropy, _bernoulli),
-    "squared_error": (_squared_error, _gaussian),
+    "sigmoid_binary_cross_entropy": (
+        lambda z, y: optax.losses.sigmoid_binary_cross_entropy(z, y.astype(z.dtype)),
+        _sigmoid_root,
+    ),
+    "squared_error": (
+        lambda z, y: jnp.square(z - y.astype(z.dtype)),
+        lambda z, e: e * 2**0.5,
+    ),
 }
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["batch"],
-    meta_fields=["apply_fn", "loss"],
+    jax.tree_util.register_dataclass, data_fields=["batch"], meta_fields=["apply_fn", "loss"]
 )
 @dataclasses.dataclass(frozen=True)
 class _Task:
@@ -56,8 +54,7 @@ class _Task:
 
     apply_fn: ApplyFn
     loss: str
-    # "inputs" and "targets", and where there are any, "weights"
-    batch: dict[str, PyTree]
+    batch: dict[str, PyTree]  # "inputs" and "targets", and where there are any, "weights"
 
     # The names are those of `supervised`'s entries. They are ignored: optax's line searches refuse
     # an argument of `update` that value_fn does not take.
@@ -72,18 +69,26 @@ class _Task:
         example_output_fn: Any = None,
         output_loss_fn: Any = None,
     ) -> jax.Array:
-        losses, weights = self.losses_and_weights(self.outputs(params), self.batch)
+        losses, weights = self._of_outputs(self._outputs(params), self.batch)
         if weights is None:
             return jnp.mean(losses)
         return jnp.sum(weights * losses) / jnp.sum(weights)
 
     def losses(self, params: PyTree) -> Any:
-        return self._returned(self.outputs(params), self.batch)
+        losses, weights = self._of_outputs(self._outputs(params), self.batch)
+        return losses if weights is None else (losses, weights)
 
     def sampled_losses(self, params: PyTree, key: jax.Array) -> Any:
-        outputs = self.outputs(params)
-        drawn = _LOSSES[self.loss][1](key, jax.lax.stop_gradient(outputs))
-        return self._returned(outputs, self.batch | {"targets": drawn})
+        outputs = self._outputs(params)
+        fixed = jax.lax.stop_gradient(outputs).astype(wide_dtype(outputs))
+        e = signs(key, fixed.shape, fixed.dtype, jax.typeof(fixed).sharding)
+        gradient = _LOSSES[self.loss][1](fixed, e).astype(outputs.dtype)
+        # What masks a class may make its output infinite.
+        losses = gradient * jnp.where(gradient == 0, 0, outputs)
+        if self.loss == "softmax_cross_entropy":
+            losses = jnp.sum(losses, axis=-1)
+        weights = _expanded(self.batch.get("weights"), losses)
+        return losses if weights is None else (losses, weights)
 
     def example_value(self, params: PyTree, example: PyTree) -> jax.Array:
         return self.output_loss(self.example_outputs(params, example), example)
@@ -92,17 +97,15 @@ class _Task:
         return self.apply_fn(params, jax.tree.map(lambda x: x[None], example["inputs"]))[0]
 
     def output_loss(self, outputs: jax.Array, example: PyTree) -> jax.Array:
-        losses, weights = self.losses_and_weights(outputs, example)
+        losses, weights = self._of_outputs(outputs, example)
         return jnp.mean(losses if weights is None else weights * losses)
 
-    def outputs(self, params: PyTree) -> jax.Array:
+    def _outputs(self, params: PyTree) -> jax.Array:
         return self.apply_fn(params, self.batch["inputs"])
 
-    def losses_and_weights(
-        self, outputs: jax.Array, batch: PyTree
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def _of_outputs(self, outputs: jax.Array, batch: PyTree) -> tuple[jax.Array, jax.Array | None]:
         """The losses of predictions, and weights of their shape."""
-        targets, weights = batch["targets"], batch.get("weights")
+        targets = batch["targets"]
         expected = outputs.shape[:-1] if self.loss == "softmax_cross_entropy" else outputs.shape
         if jnp.shape(targets) != expected:
             raise ValueError(
@@ -110,21 +113,15 @@ class _Task:
                 f" shape {outputs.shape}; got {jnp.shape(targets)}."
             )
         losses = _LOSSES[self.loss][0](outputs, targets)
-        if weights is None:
-            return losses, None
-        weights = weights.reshape(*weights.shape, *[1] * (losses.ndim - weights.ndim))
-        return losses, jnp.broadcast_to(weights.astype(losses.dtype), losses.shape)
+        return losses, _expanded(batch.get("weights"), losses)
 
-    def _returned(self, outputs: jax.Array, batch: PyTree) -> Any:
-        losses, weights = self.losses_and_weights(outputs, batch)
-        return losses if weights is None else (losses, weights)
 
-    def by_example(self) -> dict[str, PyTree]:
-        """The batch with weights whose product with the losses has the value as its mean."""
-        if "weights" not in self.batch:
-            return self.batch
-        weights = self.batch["weights"]
-        return self.batch | {"weights": weights / jnp.mean(weights)}
+def _expanded(weights: jax.Array | None, losses: jax.Array) -> jax.Array | None:
+    """Weights of the losses' leading axes, brought to their shape."""
+    if weights is None:
+        return None
+    weights = weights.reshape(*weights.shape, *[1] * (losses.ndim - weights.ndim))
+    return jnp.broadcast_to(weights.astype(losses.dtype), losses.shape)
 
 
 def supervised(
@@ -141,6 +138,12 @@ def supervised(
     \sum_i w_i`, with weights 1 unless others are given. A prediction is an entry of ``targets``; an
     example is a row, along the leading axis.
 
+    ``sampled_losses_fn``, for `fisher`, returns :math:`b_i \cdot z_i(\theta)` with random
+    :math:`b_i = B_i e_i`, where :math:`B_i B_i^\top = \nabla_z^2 \ell_i` and e holds signs: only
+    their gradients mean anything. Gradients of losses with drawn targets have the same covariance,
+    and more variance in their squares: 1.4 to 2 times that on the benchmarks' MLP and CNN. With
+    probabilities p of classes, :math:`B e = u - p \sum_k u_k` where :math:`u_k = \sqrt{p_k} e_k`.
+
     Args:
       apply_fn: ``apply_fn(params, inputs) -> outputs``, such as
         ``lambda params, x: model.apply({"params": params}, x)``. Hand in the same function at every
@@ -148,25 +151,20 @@ def supervised(
       inputs: array, or a pytree of arrays, with n examples along the leading axis.
       targets: for ``"softmax_cross_entropy"`` integers of the outputs' shape without the last axis,
         (n,) or for sequences (n, t); for ``"sigmoid_binary_cross_entropy"`` numbers in [0, 1] and
-        for ``"squared_error"`` any, of the outputs' shape.
-      loss: one of these three; the squared error is :math:`(z - y)^2`. Each is -log of a
-        predictive distribution (categorical, Bernoulli, normal with variance 1/2), from which
-        ``sampled_losses_fn`` draws.
+        for ``"squared_error"``, :math:`(z - y)^2`, any, of the outputs' shape.
+      loss: one of these three.
       weights: at least 0, of the targets' shape or of its leading axes: 0 for padding.
 
     Returns:
       A dict for ``tx.update(grads, state, params, **task)``, ``layer_curvature(..., **task)`` and
       ``batches=``. Each entry is a plain function or array, which you may replace by your own:
 
-      * ``value_fn(params)``: the loss, for the gradient and for `hutchinson` and `exact_trace`. It
-        takes and ignores the other entries by keyword, which a line search of optax asks for;
+      * ``value_fn(params)``: the loss, for the gradient and for `hutchinson` and `exact_trace`;
       * ``losses_fn(params)``: the losses of predictions, not reduced, or ``(losses, weights)``;
-      * ``sampled_losses_fn(params, key)``: the same with targets drawn from the outputs, for
-        `fisher`;
-      * ``example_value_fn(params, example)`` and ``batch``: the loss of one example and all
-        examples, for `flipout`;
-      * ``example_output_fn(params, example)`` and ``output_loss_fn(outputs, example)``: the outputs
-        of one example and their loss, for `gauss_newton`.
+      * ``sampled_losses_fn(params, key)``: random losses of the same shapes, for `fisher`;
+      * ``example_value_fn(params, example)`` and ``batch``, for `flipout`;
+      * ``example_output_fn(params, example)`` and ``output_loss_fn(outputs, example)``, for
+        `gauss_newton`.
 
     Raises:
       ValueError: naming the argument, what came and what is allowed.
@@ -189,15 +187,16 @@ def supervised(
             f"apply_fn must be a function (params, inputs) -> outputs; got {apply_fn!r}."
         )
     check_word("loss", loss, tuple(_LOSSES))
-    is_integer = jnp.issubdtype(jnp.result_type(targets), jnp.integer)
-    if loss == "softmax_cross_entropy" and not is_integer:
+    dtype, shape = jnp.result_type(targets), jnp.shape(targets)
+    if loss == "softmax_cross_entropy" and not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
             "targets must be integers, the classes' numbers, for the loss 'softmax_cross_entropy';"
-            f" got {jnp.result_type(targets)} of shape {jnp.shape(targets)}."
+            f" got {dtype} of shape {shape}."
         )
     batch = {"inputs": inputs, "targets": jnp.asarray(targets)}
+    by_example = batch
     if weights is not None:
-        weights, shape = jnp.asarray(weights), jnp.shape(targets)
+        weights = jnp.asarray(weights)
         if weights.ndim == 0 or weights.shape != shape[: weights.ndim]:
             raise ValueError(
                 f"weights must have the shape of targets, {shape}, or of its leading axes; got"
@@ -205,16 +204,17 @@ def supervised(
             )
         if not jnp.issubdtype(weights.dtype, jnp.floating):
             weights = weights.astype(jnp.float32)  # a mask
-        batch["weights"] = weights
+        # An example's loss is the product, whose mean over the examples is the value.
+        by_example = batch | {"weights": weights / jnp.mean(weights)}
+        batch = batch | {"weights": weights}
     check_batch(batch)
-    task = _Task(apply_fn, loss, batch)
-    model = _Task(apply_fn, loss, {})
+    task, model = _Task(apply_fn, loss, batch), _Task(apply_fn, loss, {})
     return {
         "value_fn": Partial(_Task.value, task),
         "losses_fn": Partial(_Task.losses, task),
         "sampled_losses_fn": Partial(_Task.sampled_losses, task),
         "example_value_fn": Partial(_Task.example_value, model),
-        "batch": task.by_example(),
+        "batch": by_example,
         "example_output_fn": Partial(_Task.example_outputs, model),
         "output_loss_fn": Partial(_Task.output_loss, model),
     }
@@ -228,10 +228,8 @@ def mean_value_fn(
     .. math::
       L(\theta) = \frac{1}{n} \sum_{i=1}^{n} \mathrm{loss}(\theta, B_i)
 
-    This is the way to accumulate gradients with LAMA: its gradient is the accumulated gradient,
-    and a curvature estimated from it is that of all micro-batches, one estimate for each emitted
-    step. `optax.MultiSteps` calls the optimizer at every micro-step and keeps the last call: with
-    a ``value_fn`` of one micro-batch it would make n estimates and use the last one alone.
+    This is the way to accumulate gradients: its gradient is the accumulated one, and a curvature
+    estimated from it that of all micro-batches. `optax.MultiSteps` would estimate at each of them.
 
     Args:
       loss_fn: ``loss_fn(params, micro_batch) -> scalar``, a mean over equally many examples.
@@ -239,25 +237,18 @@ def mean_value_fn(
 
     Returns:
       ``value_fn``, a function of params alone. Each micro-batch is evaluated in turn and again
-      during differentiation (`jax.checkpoint`), so activations of one are in memory at a time.
+      during differentiation (`jax.checkpoint`).
 
     Raises:
       ValueError: if ``micro_batches`` holds no array.
 
     Examples:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> from lama_optax import lama_adam, mean_value_fn
+      >>> import jax, jax.numpy as jnp
+      >>> from lama_optax import mean_value_fn
       >>> loss_fn = lambda params, x: jnp.mean((params["w"] - x) ** 2)
-      >>> batch = jnp.arange(8.0)
-      >>> value_fn = mean_value_fn(loss_fn, batch.reshape(4, 2))
-      >>> params = {"w": jnp.zeros(())}
-      >>> tx = lama_adam(0.1)
-      >>> state = tx.init(params)
-      >>> grads = jax.grad(value_fn)(params)
-      >>> updates, state = tx.update(grads, state, params, value_fn=value_fn)
-      >>> float(grads["w"]), float(state[0].curvature[0])
-      (-7.0, 2.0)
+      >>> value_fn = mean_value_fn(loss_fn, jnp.arange(8.0).reshape(4, 2))
+      >>> jax.grad(value_fn)({"w": jnp.zeros(())})["w"].tolist()
+      -7.0
     """
     if not jax.tree.leaves(micro_batches):
         raise ValueError(f"micro_batches must hold at least one array; got {micro_batches!r}.")
@@ -278,7 +269,7 @@ def grouped_value_and_grad(
       g_k = \nabla_\theta\, \mathrm{loss}(\theta, B_k), \qquad
       \bar g = \frac{1}{G} \sum_{k=1}^{G} g_k
 
-    It costs no more time than the gradient of the whole batch, and the memory of G gradients.
+    It costs the time of the whole batch's gradient, and the memory of G gradients.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> scalar``, a mean over the batch's examples.
@@ -304,10 +295,9 @@ def grouped_value_and_grad(
       >>> value, grads, groups = grouped_value_and_grad(loss_fn, 4)(params, batch)
       >>> float(grads["w"]), groups["w"].tolist()
       (-7.0, [-1.0, -5.0, -9.0, -13.0])
+      >>> arguments = {"group_gradients": groups, "batch_size": 8}
       >>> tx = track_noise_scale()
-      >>> updates, state = tx.update(
-      ...     grads, tx.init(params), params, group_gradients=groups, batch_size=8
-      ... )
+      >>> updates, state = tx.update(grads, tx.init(params), params, **arguments)
     """
     check_count("num_groups", num_groups)
     if not callable(loss_fn):
@@ -321,15 +311,10 @@ def grouped_value_and_grad(
                 f" {num_examples} examples."
             )
         groups = jax.tree.map(lambda x: x.reshape(num_groups, -1, *x.shape[1:]), batch)
-        for x in jax.tree.leaves(batch):
-            if jnp.issubdtype(x.dtype, jnp.number):  # or JAX would sum gradients over the devices
-                params = of_each_device(params, x)
-                break
-        found, grads = jax.vmap(jax.value_and_grad(loss_fn, has_aux=has_aux), (None, 0))(
-            params, groups
-        )
-        mean = jnp.mean(found[0] if has_aux else found)
-        value = (mean, found[1]) if has_aux else mean
+        own_params = of_each_device(params, batch)
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=has_aux)
+        found, grads = jax.vmap(grad_fn, (None, 0))(own_params, groups)
+        value = (jnp.mean(found[0]), found[1]) if has_aux else jnp.mean(found)
         return value, jax.tree.map(lambda g: jnp.mean(g, axis=0), grads), grads
 
     return fn

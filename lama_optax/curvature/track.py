@@ -1,4 +1,4 @@
-"""Curvature beside any optimizer: the tracker, its state, and a report for a logger."""
+"""Curvature beside any optimizer: the tracker and its state."""
 
 import math
 from typing import Any, NamedTuple
@@ -23,8 +23,7 @@ PyTree = Any
 class CurvatureState(NamedTuple):
     """State of `track_curvature`; L layers in the order of `layer_names`. All of it is finite."""
 
-    # shape=(), dtype=int32; updates made. The name is optax's; it hides tuple.count.
-    count: jax.Array  # type: ignore[assignment]
+    count: jax.Array  # type: ignore[assignment] # shape=(), dtype=int32; updates made
     curvature: jax.Array  # shape=(L,), float32 (float64 where a parameter is); the average of H_l
     spread: jax.Array  # shape=(L,), same dtype; weighted variance of the estimates in it
     weight: jax.Array  # shape=(L,), same dtype; sum of the average's weights, 0 before an estimate
@@ -39,17 +38,14 @@ class CurvatureState(NamedTuple):
 
     @property
     def std_error(self) -> jax.Array:
-        """One standard error of ``curvature``, shape (L,); NaN while it cannot be known.
-
-        It is computed here and not kept, so that no NaN is in the state.
-        """
+        """One standard error of ``curvature``, shape (L,); NaN while it cannot be known."""
         factor, known = widened_share(self.average)
         # From numpy: `jax.debug_nans` looks for NaN in what JAX computes.
         unknown = np.full(known.shape, np.nan, factor.dtype)
         if isinstance(known, jax.core.Tracer):
             return jnp.where(known, jnp.sqrt(self.spread * factor), unknown)
         error = np.where(known, np.sqrt(np.asarray(self.spread * factor)), unknown)
-        return jnp.asarray(error, factor.dtype)
+        return jax.device_put(error.astype(factor.dtype))
 
 
 def track_curvature(
@@ -75,18 +71,16 @@ def track_curvature(
 
     widened by Student's factor (7 % with the default decay), so that
     :math:`m_n \pm 1.96\, \mathrm{se}_n` is a 95 % interval. The spread of the estimates holds the
-    noise of the probes or labels that were drawn and that of the batches. So, while the parameters
-    stand still, the interval is one for the whole data's curvature. While they move, the average
-    is one over the last ``1 / (1 - d)`` estimates, during which the curvature itself has moved: the
-    spread then holds that movement too, and the interval is for the average over that time.
+    noise of what was drawn and that of the batches. So, while the parameters stand still, the
+    interval is one for the whole data's curvature. While they move, it is one for the average over
+    the last ``1 / (1 - d)`` estimates, and the spread holds that movement too.
 
     A layer whose estimate is not finite keeps what it had, and ``state.rejected`` counts it.
 
     Args:
       estimator: `fisher`, which is the cheapest and works on any model that has a gradient; or
         `hutchinson`, `flipout`, `gauss_newton`, `exact_trace`, or one of your own.
-      layers: what one layer is: ``"module"``, ``"leaf"``, a tree of labels or a function of
-        params that returns one; see `layer_names`.
+      layers: what one layer is, see `layer_names`.
       update_interval: estimate at every n-th step, from the first. Between them nothing is
         computed and the curvature stays.
       curvature_decay: d, decay of the bias-corrected moving average over the estimates, in
@@ -111,19 +105,19 @@ def track_curvature(
     Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from lama_optax import fisher, layer_report, supervised, track_curvature
-      >>> apply_fn = lambda params, x: x @ params["dense"]["kernel"] + params["dense"]["bias"]
-      >>> params = {"dense": {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}}
+      >>> apply_fn = lambda params, x: x @ params["dense"]["kernel"]
+      >>> params = {"dense": {"kernel": jnp.zeros((4, 3))}}
       >>> tx = optax.chain(track_curvature(fisher(), update_interval=2), optax.adamw(1e-2))
       >>> @jax.jit
       ... def train_step(params, state, x, y):
       ...     task = supervised(apply_fn, x, y, loss="softmax_cross_entropy")
-      ...     loss, grads = jax.value_and_grad(task["value_fn"])(params)
+      ...     grads = jax.grad(task["value_fn"])(params)
       ...     updates, state = tx.update(grads, state, params, **task)
-      ...     return optax.apply_updates(params, updates), state, loss
+      ...     return optax.apply_updates(params, updates), state
       >>> state = tx.init(params)
       >>> for step in range(4):
       ...     x = jax.random.normal(jax.random.key(step), (32, 4))
-      ...     params, state, loss = train_step(params, state, x, jnp.arange(32) % 3)
+      ...     params, state = train_step(params, state, x, jnp.arange(32) % 3)
       >>> sorted(layer_report(state, params)["dense"])
       ['curvature', 'size', 'std_error']
     """
@@ -179,22 +173,21 @@ def _of_this_device(
 ) -> tuple[PyTree, jax.Array, dict[str, Any]]:
     """What one device of a mapped axis estimates from: its part of the batch, its own draws.
 
-    The mean over devices of their losses' curvatures is the whole loss's, so that only L numbers
-    travel. A ``value_fn`` that itself sums over the devices is one function of all: then all
-    take the same draws, and the mean over devices makes their losses one.
+    A ``value_fn`` that itself sums over the devices is one function of all: then all take the same
+    draws, and the mean over devices makes their losses one.
     """
     axis_name, value_fn = interval.axis_name, extra_args.get("value_fn")
     if (
-        axis_name is not None
-        and callable(value_fn)
-        and holds_collective(jax.make_jaxpr(value_fn)(params))
+        axis_name is None
+        or not callable(value_fn)
+        or not holds_collective(jax.make_jaxpr(value_fn)(params))
     ):
+        return *interval.of_this_device(params, key), extra_args
 
-        def mean(p: PyTree) -> Any:
-            return jax.tree.map(lambda x: jax.lax.pmean(x, axis_name), value_fn(p))
+    def mean(p: PyTree) -> Any:
+        return jax.tree.map(lambda x: jax.lax.pmean(x, axis_name), value_fn(p))
 
-        return params, key, extra_args | {"value_fn": mean}
-    return *interval.of_this_device(params, key), extra_args
+    return params, key, extra_args | {"value_fn": mean}
 
 
 def _curvature_array(curvature: Any, params: PyTree, partition: Layers) -> jax.Array:

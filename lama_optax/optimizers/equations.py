@@ -1,20 +1,8 @@
 """The documents' equations as pure functions of arrays, in the documents' order.
 
-Document 1, LAMA-Adam: Eqs. (1) and (6) are one function, since (1) is (6) with
-``alpha = 1``; Eq. (7) is `lama_optax.hutchinson`, Eq. (8) is `lama_optax.Layers.average`.
-
-    m     = (alpha b1) m + (1 - b1) g                        Eqs. 1, 6
-    v     = b2 v + (1 - b2) g^2                              Eq. 2
-    m_hat = m / (1 - b1^t),  v_hat = v / (1 - b2^t)          Eqs. 3, 4
-    step  = m_hat / (sqrt(v_hat) + eps)                      Eq. 5
-    H     = trace / N                                        Eq. 8
-    alpha = alpha_min + (alpha_max - alpha_min) sigmoid(lambda H)   Eq. 9
-
-Document 2, LAM: v = (1 - beta) g^2 + beta v, step = g / (sqrt(v) + eps).
-
-Every function works on arrays of one floating dtype and any (broadcastable) shape;
-hyper-parameters are Python numbers or scalar arrays. The terms stand in the order in
-which `optax.scale_by_adam` adds them, so that equal arithmetic gives equal bits.
+Eq. (7) is `lama_optax.hutchinson`, Eq. (8) is `lama_optax.Layers.average`. Arrays have one floating
+dtype and any (broadcastable) shape; hyper-parameters are Python numbers or scalar arrays. The terms
+stand in the order in which `optax.scale_by_adam` adds them: equal arithmetic gives equal bits.
 """
 
 import functools
@@ -43,39 +31,27 @@ def second_moment(moment: jax.Array, grad: jax.Array, b2: Scalar) -> jax.Array:
 
 @functools.partial(jax.jit, inline=True)
 def bias_corrected(moments: PyTree, decay: Scalar, count: jax.Array) -> PyTree:
-    """Eq. (3) and Eq. (4): ``moment / (1 - decay^t)`` after ``t`` steps, for a tree of moments.
-
-    `optax.tree.bias_correction` to the bit; that function needs implicit dtype promotion.
-    """
+    """Eq. (3) and Eq. (4): ``moment / (1 - decay^t)`` after ``t`` steps, for a tree of moments."""
+    # `optax.tree.bias_correction` to the bit; that function needs implicit dtype promotion.
     divisor = 1 - jax.lax.pow(jnp.asarray(decay), count)
     return jax.tree.map(lambda moment: moment / divisor.astype(moment.dtype), moments)
 
 
 def adam_step(m_hat: jax.Array, v_hat: jax.Array, eps: Scalar, eps_root: Scalar = 0.0) -> jax.Array:
-    """Eq. (5) without the learning rate: ``m_hat / (sqrt(v_hat) + eps)``.
-
-    The document has no ``eps_root``; as in `optax.adam` it is added under the root.
-    """
+    """Eq. (5) without the learning rate: ``m_hat / (sqrt(v_hat) + eps)``; `optax.adam`'s root."""
     return m_hat / (jnp.sqrt(v_hat + eps_root) + eps)
 
 
 def momentum_factor(
     curvature: jax.Array, alpha_min: Scalar, alpha_max: Scalar, sensitivity: Scalar
 ) -> jax.Array:
-    """Eq. (9): ``alpha = alpha_min + (alpha_max - alpha_min) sigmoid(lambda H)``.
-
-    The clip changes nothing in exact arithmetic; it keeps rounding inside the range.
-    """
+    """Eq. (9): ``alpha = alpha_min + (alpha_max - alpha_min) sigmoid(lambda H)``."""
     alpha = alpha_min + (alpha_max - alpha_min) * jax.nn.sigmoid(sensitivity * curvature)
-    return jnp.clip(alpha, alpha_min, alpha_max)
+    return jnp.clip(alpha, alpha_min, alpha_max)  # against rounding
 
 
 def lam_accumulator(accumulator: jax.Array, squared_grad: jax.Array, decay: Scalar) -> jax.Array:
-    """LAM, document 2: ``v = (1 - beta) g^2 + beta v``.
-
-    ``squared_grad`` is ``g^2`` for one accumulator per weight, and the layer's mean of it
-    for one per layer (Properties 1 and 4).
-    """
+    """LAM, document 2: ``v = (1 - beta) g^2 + beta v``; per layer of the mean g^2 (Property 4)."""
     return (1 - decay) * squared_grad + decay * accumulator
 
 

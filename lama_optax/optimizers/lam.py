@@ -1,10 +1,4 @@
-"""LAM without the learning rate: RMS scaling by weight or by layer (document 2).
-
-    v = (1 - beta) g^2 + beta v,   step = g / (sqrt(v) + eps)
-
-Per weight, v is an array like the gradient; per layer it is one number, fed with the mean
-squared gradient of the layer (Properties 1 and 4).
-"""
+"""LAM without the learning rate: RMS scaling by weight or by layer (document 2)."""
 
 from typing import Any, NamedTuple
 
@@ -106,7 +100,7 @@ def lam_scale(
                     f"updates must have the structure that `init` saw, of"
                     f" {state.accumulator.size} layers; got the layers {partition.names}."
                 )
-            mean_squared = partition.sum(squared) / jnp.maximum(partition.size_array(), 1)
+            mean_squared = partition.average(partition.sum(squared))
             new, finite = accumulate(state.accumulator, mean_squared)
             of_leaf = [partition.spread(x, updates) for x in (new, finite)]
         else:

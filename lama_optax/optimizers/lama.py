@@ -1,8 +1,4 @@
-"""LAMA-Adam without the learning rate: Adam whose momentum follows each layer's curvature.
-
-One call of ``update``: estimate H_l for every layer (Eqs. 7, 8), turn it into a factor alpha_l
-(Eq. 9), use alpha_l b1 as the layer's momentum (Eq. 6), finish as Adam does (Eqs. 2 to 5).
-"""
+"""LAMA-Adam without the learning rate: Adam whose momentum follows each layer's curvature."""
 
 import functools
 from typing import Any, NamedTuple
@@ -41,18 +37,13 @@ class LamaState(NamedTuple):
 
     @property
     def count(self) -> jax.Array:  # type: ignore[override]
-        """Updates made, shape (). The name is optax's; it hides tuple.count."""
+        """Updates made, shape ()."""
         return self.tracker.count
 
     @property
     def curvature(self) -> jax.Array:
         """H_l of Eq. 8, shape (L,)."""
         return self.tracker.curvature
-
-    @property
-    def std_error(self) -> jax.Array:
-        """One standard error of ``curvature``, shape (L,); NaN while it cannot be known."""
-        return self.tracker.std_error
 
     @property
     def rejected(self) -> jax.Array:
@@ -94,32 +85,23 @@ def lama_scale(
       \end{align*}
 
     The curvature H_l is that of `track_curvature`, which this is built on. The document's setting
-    is ``lama_scale(estimator=hutchinson(num_probes=10), update_interval=1)``; the default
-    estimates with one probe at every tenth step, for about a tenth of the cost of a probe a step.
-
-    A layer whose estimate is not finite keeps its last finite curvature (0 before the first),
-    and ``state.rejected`` counts it. An entry whose gradient is not finite, or whose square
-    overflows, keeps its moments and gets the update 0: nothing non-finite reaches the state.
+    is ``lama_scale(estimator=hutchinson(num_probes=10), update_interval=1)``. An entry whose
+    gradient is not finite, or whose square overflows, keeps its moments and gets the update 0.
 
     Args:
       b1: momentum that Eq. 9's factor multiplies, in [0, 1).
       b2: decay of the squared gradients, in [0, 1).
       eps: added to the denominator, outside the square root.
-      eps_root: added inside the square root, as in `optax.adam`: what differentiates through
-        ``update`` needs it to be positive where a gradient is 0.
+      eps_root: added inside the square root, as in `optax.adam`.
       alpha_min: factor's lower limit.
       alpha_max: factor's upper limit.
       sensitivity: the document's lambda, in units of 1/curvature. Positive: more curvature, more
         momentum (Eq. 9); negative: less (the document's Section 5.1).
       estimator: of each layer's curvature, for instance ``hutchinson(num_probes=10)``.
-      layers: what one layer is: ``"module"``, ``"leaf"``, a tree of labels or a function of
-        params that returns one; see `layer_names`.
-      update_interval: estimate at every n-th step, from the first; between them no product is
-        made and the curvature stays. On a CPU, XLA makes the derivatives of convolutions much
-        slower inside the condition that this takes, unless an estimator lays them out anew, as
-        those of this library do.
-      curvature_decay: decay of a bias-corrected moving average over the estimates made, in
-        [0, 1); 0 keeps the last estimate alone.
+      layers: what one layer is, see `layer_names`. It and ``update_interval``,
+        ``curvature_decay``, ``axis_name`` and ``key`` are those of `track_curvature`.
+      update_interval: estimate at every n-th step; between them the curvature stays.
+      curvature_decay: of the average over the estimates; 0 keeps the last estimate alone.
       momentum: ``"paper"`` is Eq. 6 with Eq. 3's correction, under which alpha moves the step size
         too: the steady gain of the gradient is (1 - b1)/(1 - alpha b1). ``"ema"`` weighs
         the gradient by 1 - alpha b1 and divides by the exact sum of the weights: gain 1. If alpha
@@ -128,16 +110,13 @@ def lama_scale(
       max_momentum: upper limit of alpha b1, in [0, 1). With None, alpha b1 can pass 1 and
         training diverge.
       mu_dtype: dtype of the first moment; None: that of the parameters.
-      axis_name: name of the mapped axis inside `jax.shard_map` or `jax.pmap`, see
-        `track_curvature`. Plain `jit` over sharded arrays needs none.
-      key: seed or PRNG key of the probes. Step t uses ``fold_in(key, t)``: a resumed run draws
-        the probes that an unbroken one would.
+      axis_name: mapped axis over which the curvature is averaged.
+      key: seed or PRNG key of the probes.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`, whose ``update`` takes ``params`` and by keyword
-      what the estimator needs (``value_fn``: params -> scalar loss), or ``curvature``, computed
-      elsewhere: the (L,) averages, or scalars in a tree shaped like params. With ``curvature`` no
-      estimate is made. Other keywords are ignored.
+      what the estimator needs (``value_fn``: params -> scalar loss), or ``curvature``, as that of
+      `track_curvature` does.
 
     Raises:
       ValueError: at construction, for an argument that is not allowed; at ``init``, for parameters
@@ -149,32 +128,22 @@ def lama_scale(
       second moment in float32 at least, since in half precision a decay of 0.999 rounds away.
 
     Examples:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> import optax
+      >>> import jax, jax.numpy as jnp
       >>> from lama_optax import lama_scale
       >>> loss_fn = lambda params: jnp.sum((params["w"] - 1.0) ** 2)
-      >>> tx = optax.chain(lama_scale(), optax.scale_by_learning_rate(0.1))
-      >>> @jax.jit
-      ... def train_step(params, state):
-      ...     grads = jax.grad(loss_fn)(params)
-      ...     updates, state = tx.update(grads, state, params, value_fn=loss_fn)
-      ...     return optax.apply_updates(params, updates), state
-      >>> params = {"w": jnp.zeros(3)}
-      >>> state = tx.init(params)
-      >>> for _ in range(50):
-      ...     params, state = train_step(params, state)
-      >>> bool(loss_fn(params) < 1e-2)
-      True
+      >>> params, tx = {"w": jnp.zeros(3)}, lama_scale()
+      >>> grads = jax.grad(loss_fn)(params)
+      >>> updates, state = tx.update(grads, tx.init(params), params, value_fn=loss_fn)
+      >>> float(state.curvature[0])
+      2.0
     """
-    check_number("b1", b1, "in [0, 1)", low=0, high=1)
-    check_number("b2", b2, "in [0, 1)", low=0, high=1)
-    check_number("eps", eps, "a number of at least 0", low=0)
-    check_number("alpha_min", alpha_min, "a number of at least 0", low=0)
-    check_number("alpha_max", alpha_max, "a number of at least 0", low=0)
+    for name, decay in (("b1", b1), ("b2", b2)):
+        check_number(name, decay, "in [0, 1)", low=0, high=1)
+    limits = {"eps": eps, "eps_root": eps_root, "alpha_min": alpha_min, "alpha_max": alpha_max}
+    for name, limit in limits.items():
+        check_number(name, limit, "a number of at least 0", low=0)
     check_range("alpha_min", alpha_min, "alpha_max", alpha_max)
     check_number("sensitivity", sensitivity, "a finite number")
-    check_number("eps_root", eps_root, "a number of at least 0", low=0)
     check_word("momentum", momentum, ("paper", "ema"))
     if max_momentum is not None:
         check_number("max_momentum", max_momentum, "None or in [0, 1)", low=0, high=1)

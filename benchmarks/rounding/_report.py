@@ -1,0 +1,90 @@
+"""The tables that a person reads: predicted against measured, and choice against choice."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.lab._jobs import Outcome
+from benchmarks.rounding._networks import networks
+
+
+def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Each network's trainings."""
+    found: dict[str, list[Any]] = {}
+    for outcome in outcomes:
+        found.setdefault(outcome.unit["model"], []).append(outcome.result)
+    return {"models": found}
+
+
+def report(summary: dict[str, Any]) -> str:
+    """For each network a table of predictions and one of choices."""
+    titles = {name: n.title for quick in (True, False) for name, n in networks(quick).items()}
+    sections = []
+    for name, trainings in summary["models"].items():
+        loss = _show([t["loss"] for t in trainings], "{:.3f}")
+        ranges = _show([t["curvature_range"] for t in trainings], "{:.0f}")
+        sections.append(
+            f"{titles[name]}; trainings: {len(trainings)}, held-out loss {loss}, matrices:"
+            f" {trainings[0]['layers']}, whose curvature differs {ranges} times"
+        )
+        sections += [_predictions(trainings), _choices(trainings), _times(trainings)]
+    sections.append(
+        "Medians over the trainings, [least, most] in brackets. Rises are of the held-out loss,"
+        " from data\nthat neither training, curvature nor verification saw."
+    )
+    return "\n\n".join(sections)
+
+
+def _show(values: Sequence[float], form: str) -> str:
+    """The median and the range."""
+    array = np.asarray(values, float)
+    if len(array) == 1:
+        return form.format(array[0])
+    return f"{form} [{form}, {form}]".format(np.median(array), array.min(), array.max())
+
+
+def _predictions(trainings: Sequence[Any]) -> str:
+    lines = []
+    for way in trainings[0]["prediction"]:
+        rank = [t["prediction"][way]["rank"] for t in trainings]
+        line = {"": way, "rank correlation": _show(rank, "{:.3f}")}
+        scaled = way != "weight error alone" and not way.startswith("Adam")
+        ratio = [t["prediction"][way]["ratio"] for t in trainings]
+        line["predicted over measured"] = _show(ratio, "{:.2f}") if scaled else "no scale"
+        lines.append(line)
+    return "Random configurations of 3 to 8 bits\n" + pd.DataFrame(lines).to_string(index=False)
+
+
+def _choices(trainings: Sequence[Any]) -> str:
+    parts = []
+    for budget, first in trainings[0]["choices"].items():
+        lines = []
+        for way in first["rises"]:
+            found = [t["choices"][budget] for t in trainings]
+            over = [f["rises"][way] / f["rises"]["uniform"] for f in found]
+            line = {"": way, "rise": _show([f["rises"][way] for f in found], "{:+.4f}")}
+            line["over uniform's"] = _show(over, "{:.2f}")
+            if way in first["accuracy"]:
+                line["accuracy"] = _show([f["accuracy"][way] for f in found], "{:.3f}")
+            lines.append(line)
+        table = pd.DataFrame(lines).to_string(index=False, na_rep="")
+        parts.append(f"A mean of {budget} bits\n{table}")
+    return "\n\n".join(parts)
+
+
+def _times(trainings: Sequence[Any]) -> str:
+    def total(t: Any, names: Sequence[str]) -> float:
+        return sum(t["seconds"][name] for name in names) / t["gradient"]
+
+    rows: dict[str, Callable[[Any], float]] = {
+        "fisher and the choice at 4": lambda t: total(t, ["fisher", "choice at 4"]),
+        "the same, verified": lambda t: total(t, ["fisher", "verified choice at 4"]),
+        "greedy measurement at 4": lambda t: total(t, ["greedy at 4"]),
+    }
+    lines = [
+        {"": name, "gradients": _show([of(t) for t in trainings], "{:.0f}")}
+        for name, of in rows.items()
+    ]
+    return "Time, in gradients of a training batch\n" + pd.DataFrame(lines).to_string(index=False)

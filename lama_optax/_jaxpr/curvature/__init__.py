@@ -1,1 +1,0 @@
-"""Second derivatives of one function along several directions."""

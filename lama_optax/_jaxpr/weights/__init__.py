@@ -1,1 +1,0 @@
-"""Follows weights forwards to the products that use them: flipout's signs, gauss_newton's taps."""

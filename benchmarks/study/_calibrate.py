@@ -15,8 +15,8 @@ STUDY = 1000
 #: Where the search starts, and what it looks at; 0 is Adam.
 START = {"lr": 3e-3, "1-b1": 0.1, "lambda": 0.0}
 VALUES = {
-    "decay": (0.01, 0.1, 1.0),
-    "1-b1": (0.03, 0.1, 0.3),
+    "decay": (0.001, 0.01, 0.1, 1.0),
+    "1-b1": (0.03, 0.1, 0.3, 1.0),
     "lambda": (-100.0, -10.0, -1.0, 0.0, 1.0, 10.0, 100.0),
 }
 RATE_STEP = 10**0.5

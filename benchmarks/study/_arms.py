@@ -124,8 +124,8 @@ def optimizer(name: str, workload: Workload, hyper: Hyper) -> optax.GradientTran
     )
 
 
-#: Half a decade of rates to each side of the calibration's best, and as much or more of the second
-#: axis. Of lambda the magnitude: the box holds both signs.
+#: A decade of rates and one or more of the second axis, around the calibration's best. A, M, L and
+#: AMSGrad share their rates, where their bests lie within one decade. Of lambda the magnitude.
 BOXES: dict[str, dict[str, Box]] = {
     "gpt": {
         "A": ((1e-3, 1e-2), (0.01, 1.0)),
@@ -143,22 +143,22 @@ BOXES: dict[str, dict[str, Box]] = {
         "RAdam": ((0.03, 0.3), (0.001, 0.1)),
     },
     "pinn": {
-        "A": ((0.03, 0.3), (0.001, 0.1)),
-        "M": ((0.03, 0.3), (0.03, 0.3)),
-        "L": ((0.03, 0.3), (1.0, 100.0)),
-        "LAM weight": ((0.01, 0.1), (0.03, 0.3)),
+        "A": ((0.02, 0.2), (1e-4, 0.01)),
+        "M": ((0.02, 0.2), (0.01, 0.1)),
+        "L": ((0.02, 0.2), (0.1, 10.0)),
+        "LAM weight": ((0.01, 0.1), (0.1, 1.0)),
         "LAM layer": ((0.01, 0.1), (0.03, 0.3)),
-        "AMSGrad": ((0.03, 0.3), (0.001, 0.1)),
-        "RAdam": ((0.03, 0.3), (0.001, 0.1)),
+        "AMSGrad": ((0.02, 0.2), (1e-4, 0.01)),
+        "RAdam": ((0.03, 0.3), (1e-4, 0.01)),
     },
     "cartpole": {
-        "A": ((0.03, 0.3), (0.001, 0.1)),
-        "M": ((0.03, 0.3), (0.03, 0.3)),
-        "L": ((0.03, 0.3), (1.0, 100.0)),
+        "A": ((0.02, 0.2), (1e-4, 0.01)),
+        "M": ((0.02, 0.2), (0.1, 1.0)),
+        "L": ((0.02, 0.2), (0.1, 10.0)),
         "LAM weight": ((0.01, 0.1), (0.03, 0.3)),
-        "LAM layer": ((0.01, 0.1), (0.03, 0.3)),
-        "AMSGrad": ((0.03, 0.3), (0.001, 0.1)),
-        "RAdam": ((1.0, 10.0), (0.001, 0.1)),
+        "LAM layer": ((0.01, 0.1), (0.01, 0.1)),
+        "AMSGrad": ((0.02, 0.2), (0.001, 0.1)),
+        "RAdam": ((1.0, 10.0), (1e-4, 0.01)),
     },
 }
 

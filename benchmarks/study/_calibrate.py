@@ -57,4 +57,4 @@ def _search(store: Store, workload: Workload, name: str, rate: float) -> tuple[H
         elif ordered[0] == rates[-1]:
             rates.append(rates[-1] * RATE_STEP)
         else:
-            return {"lr": ordered[0], second: value}, len(losses)
+            return {"lr": float(f"{ordered[0]:.3g}"), second: value}, len(losses)

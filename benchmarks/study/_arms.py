@@ -129,8 +129,8 @@ def optimizer(name: str, workload: Workload, hyper: Hyper) -> optax.GradientTran
 BOXES: dict[str, dict[str, Box]] = {
     "gpt": {
         "A": ((1e-3, 1e-2), (0.01, 1.0)),
-        "M": ((1e-3, 1e-2), (0.03, 0.3)),
-        "L": ((1e-3, 1e-2), (1.0, 100.0)),
+        "M": ((1e-3, 1e-2), (0.1, 1.0)),
+        "L": ((1e-3, 1e-2), (3.0, 1000.0)),
         "E": ((1e-3, 1e-2), (0.01, 1.0)),
     },
     "cnn": {

@@ -10,12 +10,11 @@ CONSTRAINTS := $(wildcard constraints/python$(MINOR).txt)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	$(addprefix --constraint ,$(CONSTRAINTS))
 
-.PHONY: help moons study study-quick test test-all lint format build notebooks constraints clean
+.PHONY: help moons study test test-all lint format build notebooks constraints clean
 
 help:
 	@echo "make moons        reproduce the paper's experiment; writes results/moons/"
-	@echo "make study-quick  a small part of the study, tuned against tuned, in minutes"
-	@echo "make study        all of it, hours; goes on where it was interrupted"
+	@echo "make study        does LAMA help? hours; goes on where it was interrupted"
 	@echo "make test         tests and doctests, in minutes"
 	@echo "make test-all     besides: fuzz, benchmarks, notebooks, peers, processes"
 	@echo "make lint         ruff and mypy"
@@ -28,11 +27,8 @@ help:
 moons: $(VENV)/benchmarks.stamp
 	$(BIN)/python -m benchmarks.moons $(ARGS)
 
-study-quick: $(VENV)/benchmarks.stamp
-	$(BIN)/python -m benchmarks.study all --quick $(ARGS)
-
 study: $(VENV)/benchmarks.stamp
-	$(BIN)/python -m benchmarks.study all $(ARGS)
+	$(BIN)/python -m benchmarks.study $(ARGS)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)

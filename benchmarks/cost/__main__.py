@@ -3,20 +3,17 @@
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks.lab._jobs import Models, Settings, common_settings, finish, parser
 
 
 @dataclasses.dataclass(frozen=True)
 class CostSettings:
-    """The common settings, where the results of `benchmarks.traces` are, and what to measure."""
+    """The common settings, and what to measure."""
 
     common: Settings
-    traces: Path
     only: str | None
 
 
@@ -29,19 +26,13 @@ def parse(argv: Sequence[str] | None = None) -> CostSettings:
         "results/cost",
     )
     command_line.add_argument(
-        "--traces",
-        type=Path,
-        default=Path("results/traces"),
-        help="results of benchmarks.traces, for the lines that need them (default results/traces)",
-    )
-    command_line.add_argument(
         "--only",
         choices=("steps", "tracking"),
         default=None,
         help="measure only LAMA's and others' steps, or only track_curvature's (default: both)",
     )
     options: argparse.Namespace = command_line.parse_args(argv)
-    return CostSettings(common_settings(command_line, options), options.traces, options.only)
+    return CostSettings(common_settings(command_line, options), options.only)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +48,7 @@ def _run(settings: CostSettings) -> None:
     from benchmarks.cost import _tracking_report as tracking
     from benchmarks.cost._figures import draw_all
     from benchmarks.cost._report import report
-    from benchmarks.cost._summary import lines, summarize
+    from benchmarks.cost._summary import summarize
     from benchmarks.lab._environment import context
     from benchmarks.lab._jobs import run_jobs
     from benchmarks.lab._store import Store, save_results
@@ -80,8 +71,6 @@ def _run(settings: CostSettings) -> None:
         ]
         outcomes = run_jobs(store, jobs, "benchmarks.cost")
         summary = summarize(outcomes, models, common.quick)
-        found = settings.traces / "results.json"
-        summary["lines"] = lines(summary, json.loads(found.read_text()) if found.exists() else None)
         save("results", summary, report(summary))
         draw_all(common.results, summary)
     if settings.only != "steps":

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.cost._summary import MEMORY_TARGET
 from benchmarks.lab._timing import Spread
 from benchmarks.moons._report import table
 
@@ -25,7 +24,6 @@ def report(summary: dict[str, Any]) -> str:
         _resident(summary["models"]),
         _growth(summary["growth"]),
         _moons(summary["moons"]),
-        lines(summary["lines"]),
     ]
     return "\n\n".join(section for section in sections if section)
 
@@ -88,12 +86,11 @@ def _probes(models: dict[str, Any]) -> str:
                     f"{few[estimator] / 2**20:.2f}",
                     f"{many[estimator] / 2**20:.2f}",
                     f"{ratio:.2f}",
-                    "" if ratio <= MEMORY_TARGET else f"above {MEMORY_TARGET}",
                 ]
             )
     low, high = (f"K={k}, MiB" for k in next(iter(models.values()))["probes"])
     return "Memory of the compiled estimate at the default chunk\n" + table(
-        ["", low, high, "ratio", ""], rows
+        ["", low, high, "ratio"], rows
     )
 
 
@@ -157,27 +154,3 @@ def _moons(moons: dict[str, Any]) -> str:
         )
         notes.append("all threads; finite differences, as the paper writes it.")
     return "\n".join([body, *notes])
-
-
-def lines(found: Sequence[dict[str, Any]]) -> str:
-    """The table of what had to hold."""
-    rows = []
-    for line in found:
-        figure, verdict = "", "not measured"
-        if "figure" in line and line["figure"] is not None:
-            figure = f"{line['figure']:.3g}"
-            if line.get("interval"):
-                low, high = line["interval"]
-                figure += f" [{low:.3f}, {high:.3f}]"
-            verdict = "holds" if line["holds"] else "DOES NOT HOLD"
-        target = f"{line['target']:g}" if "target" in line else ""
-        rows.append([f"{line['measure']}, {line['model']}", target, figure, verdict, line["how"]])
-    header = ["", "target", "measured", "", "how"]
-    return (
-        "What had to hold\n"
-        + table(header, rows)
-        + "\nSteps are over optax.adam's, at most; in brackets a 95 % interval of the median,"
-        " if the rounds are\nindependent. Standard error: flipout K = 1 over joint Rademacher"
-        " K = 10, median over the layers,\nat most."
-        " Work: times less than the best peer's, at least."
-    )

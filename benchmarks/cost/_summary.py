@@ -1,4 +1,4 @@
-"""What the measurements say: ratios to Adam, distances to the floor, slopes, and the lines."""
+"""What the measurements say: ratios to Adam, distances to the floor, slopes."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from benchmarks.cost._adahessian import TORCH_ADAM
 from benchmarks.cost._floor import floor_seconds
 from benchmarks.cost._steps import groups
 from benchmarks.lab._jobs import Models, Outcome
-from benchmarks.lab._steps import ADAM, GIVEN, Contender, default_flipout, lama_label
+from benchmarks.lab._steps import ADAM, Contender, default_flipout
 from benchmarks.lab._timing import (
     Spread,
     median_interval,
@@ -21,16 +21,13 @@ from benchmarks.lab._timing import (
 from benchmarks.moons._settings import Settings as MoonsSettings
 from lama_optax import layer_names
 
-#: At most: interval -> model -> step time over Adam's.
-STEP_TARGETS = {10: {"mlp": 1.15, "transformer": 1.20}, 1: {"mlp": 2.5, "transformer": 3.5}}
-GIVEN_TARGET, MEMORY_TARGET, MOONS_TARGET = 1.02, 1.3, 100.0
 MOONS_STEPS = MoonsSettings.epochs * math.ceil(
     MoonsSettings.samples * (1 - MoonsSettings.test_share) / MoonsSettings.batch_size
 )
 
 
 def summarize(outcomes: Sequence[Outcome], models: Models, quick: bool) -> dict[str, Any]:
-    """Everything that the tables and pictures show, without the lines."""
+    """Everything that the tables and pictures show."""
     found = _Found(outcomes)
     return {
         "models": {
@@ -138,49 +135,3 @@ def _moons(found: _Found) -> dict[str, Any]:
         for arm in ours or {}:
             result[arm]["times_torch"] = result[arm]["seeds_per_second"] / per_second
     return result
-
-
-def lines(summary: dict[str, Any], traces: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The table of what had to hold; a line that was not measured says what is missing."""
-    from_traces = {
-        measure: [line for line in (traces or {}).get("lines", []) if line["measure"] == measure]
-        for measure in ("standard error", "work, by probes", "work", "telemetry")
-    }
-    missing = "run python -m benchmarks.traces first" if traces is None else "not measured"
-    result: list[dict[str, Any]] = []
-
-    def of_traces(measure: str) -> None:
-        absent = {"measure": measure, "model": "all", "how": missing}
-        for line in from_traces[measure] or [absent]:
-            # JSON has no infinity: infinitely many times less work than a peer's, without variance.
-            is_endless = line.get("holds") and line.get("figure") is None
-            result.append(line | {"figure": math.inf} if is_endless else line)
-
-    def step(measure: str, model: str, target: float, group: str, label: str) -> None:
-        line = {"measure": measure, "model": model, "target": target, "how": label}
-        found = summary["models"][model]["steps"].get(group, {}).get(label)
-        if found is not None:
-            ratio = found["over_adam"].median
-            line |= {"figure": ratio, "interval": found["interval"], "holds": ratio <= target}
-        result.append(line)
-
-    of_traces("standard error")
-    for interval, targets in STEP_TARGETS.items():
-        for model, target in targets.items():
-            if model not in summary["models"]:
-                continue
-            label = lama_label(summary["models"][model]["flipout"], interval)
-            step(f"step, estimate every {interval}", model, target, "curvature", label)
-    of_traces("work, by probes")
-    of_traces("work")
-    of_traces("telemetry")
-    for model in summary["models"]:
-        step("step without an estimate", model, GIVEN_TARGET, "first order", GIVEN)
-    times = summary["moons"].get("lama", {}).get("times_torch")
-    line = {"measure": "seeds per second", "model": "moons", "target": MOONS_TARGET}
-    torch = summary["moons"]["torch"] or {}
-    how = "times PyTorch's, extrapolated from one seed and a few epochs"
-    line |= {"how": torch.get("missing", how)}
-    if times is not None:
-        line |= {"figure": times, "holds": times >= MOONS_TARGET}
-    return [*result, line]

@@ -77,7 +77,7 @@ def parser(prog: str, description: str, results: str) -> argparse.ArgumentParser
         "--results", type=Path, default=Path(results), help=f"directory (default {results})"
     )
     result.add_argument(
-        "--models", default=None, help="names with commas between them (default: all)"
+        "--models", "--workloads", help="names with commas between them (default: all)"
     )
     result.add_argument(
         "--quick", action="store_true", help="tiny models, seconds: shows that all of it works"

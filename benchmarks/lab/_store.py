@@ -17,8 +17,8 @@ class Store:
     """One file; each line is a unit of work, what identifies it, and its result.
 
     A line holds the unit (what was measured, with every setting that its numbers depend on), the
-    ``context`` that all units share (versions and machine), and the result. The same unit under
-    another context is another measurement.
+    ``context`` that all units share (versions and machine), the result and its digest. The same
+    unit under another context is another measurement.
     """
 
     def __init__(self, path: Path, context: dict[str, Any]):
@@ -33,14 +33,16 @@ class Store:
         if cut:
             with path.open("r+b") as file:
                 file.truncate(len(content) - len(cut))
-        for line in whole.decode().splitlines():
+        for number, line in enumerate(whole.decode().splitlines(), 1):
             record = json.loads(line)
+            # Lines of before have none.
+            if record.get("digest", digest(record["result"])) != digest(record["result"]):
+                raise ValueError(f"{path}, line {number}: the result is not that of its digest.")
             self._results[record["id"]] = record["result"]
 
     def identify(self, unit: Unit) -> str:
         """A hash of the unit and its context."""
-        text = json.dumps([plain(unit), self.context], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest([plain(unit), self.context])
 
     def get(self, unit: Unit) -> Any | None:
         """The unit's result, or None if it was not measured."""
@@ -52,12 +54,18 @@ class Store:
         if key not in self._results:
             result = plain(measure())
             record = {"id": key, "unit": plain(unit), "context": self.context, "result": result}
+            record["digest"] = digest(result)
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             self._results[key] = result
         return self._results[key]
+
+
+def digest(value: Any) -> str:
+    """A hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def plain(value: Any) -> Any:

@@ -218,7 +218,8 @@ def _grid(results: dict[str, Any]) -> str:
         " points\n"
         + table(columns, rows)
         + f"\nIntervals of 95 %: by chance, one in twenty misses. Layers: {', '.join(names)}.\n\n"
-        + "Tuned against tuned: rate chosen on every other seed, accuracy on the rest\n"
+        + "Tuned against tuned: rate chosen on every other seed, accuracy on the"
+        + f" other {max(1, grid['seeds'] // 2)}\n"
         + table(("", "best rate", "accuracy, %", "minus tuned Adam"), tuned)
     )
 

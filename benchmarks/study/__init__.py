@@ -1,1 +1,1 @@
-"""Does layer-adaptive momentum help? A tuned-against-tuned study: `python -m benchmarks.study`."""
+"""Does LAMA help? Tuned against tuned, over independent studies (`python -m benchmarks.study`)."""

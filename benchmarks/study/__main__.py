@@ -1,55 +1,71 @@
-"""The door of `python -m benchmarks.study`."""
+"""Trains what is not trained yet and reports: the door of `python -m benchmarks.study`."""
 
-import os
+import argparse
 import sys
-import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from benchmarks.study._settings import PHASES, Settings, available_cores, parse
+from benchmarks.lab._jobs import Settings, common_settings, finish, parser
+from benchmarks.study._workload import Workload
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[Settings, argparse.Namespace]:
+    """Reads the command line; a wrong option ends the program with a message that names it."""
+    from benchmarks.study._train import LOOKS
+    from benchmarks.study._workload import workloads
+
+    command_line = parser(
+        "benchmarks.study",
+        "Does LAMA help? Optimizers tuned against each other over independent studies.",
+        "results/study",
+    )
+    add = command_line.add_argument
+    add("--studies", type=int, help="how many; the first has the number --seed (default: 8, 10)")
+    add("--steps", type=int, help=f"of a run, a multiple of {LOOKS} (default: the workload's)")
+    add("--width", type=int, help="of the network (default: the workload's)")
+    add("--report", type=Path, help="the page to write (default: RESULTS.md in --results)")
+    add("--calibrate", action="store_true", help="the coarse search behind the boxes, alone")
+    options = command_line.parse_args(argv)
+    if options.steps is not None and (options.steps < LOOKS or options.steps % LOOKS):
+        command_line.error(f"argument --steps: must be a multiple of {LOOKS}; got {options.steps}")
+    if options.width is not None and (options.width < 4 or options.width % 4):
+        command_line.error(f"argument --width: must be a multiple of 4; got {options.width}")
+    if options.studies is not None and options.studies < 2:
+        command_line.error(f"argument --studies: must be at least 2; got {options.studies}")
+    known = tuple(workloads(options.quick, None, None))
+    return common_settings(command_line, options, known), options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the phases asked for; returns the exit status that ``--help`` explains."""
-    settings = parse(argv)
-    try:
-        return _run(settings)
-    except KeyboardInterrupt:
-        print(
-            "\nInterrupted: what was finished is kept; the same command goes on from there.",
-            file=sys.stderr,
-        )
-        return 130
-    except (LookupError, ValueError) as error:
-        if isinstance(error, KeyError | IndexError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Runs what is not measured yet and reports on all; returns the exit status."""
+    settings, options = parse(argv)
+    return finish(lambda: _run(settings, options))
 
 
-def _run(settings: Settings) -> int:
-    _use_all_cores()
-    began = time.perf_counter()
-    asked = PHASES if settings.phase == "all" else (settings.phase,)
-    phases = [phase for phase in asked if phase != "report"]
-    if phases:
-        # Only now: jax reads the number of devices when it is first used.
-        from benchmarks.study._run import run_phases
+def _run(settings: Settings, options: argparse.Namespace) -> None:
+    from benchmarks.lab._corpus import warning
+    from benchmarks.lab._environment import context
+    from benchmarks.lab._jobs import run_jobs
+    from benchmarks.lab._store import Store
+    from benchmarks.study._calibrate import calibrate
+    from benchmarks.study._plan import jobs
+    from benchmarks.study._report import write
+    from benchmarks.study._workload import workloads
 
-        run_phases(settings, phases)
-    if "report" in asked:
-        from benchmarks.study._report import main as report
-
-        report(settings.results, settings.output)
-    print(f"{time.perf_counter() - began:.0f} s; the results are in {settings.results}/.")
-    return 0
-
-
-def _use_all_cores() -> None:
-    """Makes XLA show each core as a device, unless the user has said otherwise."""
-    flag = "--xla_force_host_platform_device_count"
-    flags = os.environ.get("XLA_FLAGS", "")
-    if flag not in flags and "jax" not in sys.modules:
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}={available_cores()}".strip()
+    if (text := warning()) is not None:
+        print(text, file=sys.stderr)
+    known = workloads(options.quick, options.steps, options.width)
+    chosen: list[Workload] = [known[name] for name in settings.models]
+    versions = {"versions": context()["versions"]}  # seconds alone depend on the machine
+    name = "calibration.jsonl" if options.calibrate else "measurements.jsonl"
+    store = Store(settings.results / name, versions)
+    if options.calibrate:
+        print(calibrate(store, chosen))
+        return
+    todo = list(jobs(store, chosen, settings.seed, options.studies))
+    outcomes = run_jobs(store, todo, "benchmarks.study")
+    page = options.report or settings.results / "RESULTS.md"
+    print(write(settings.results, page, known, outcomes))
 
 
 if __name__ == "__main__":

@@ -1,210 +1,234 @@
-"""Writes ``RESULTS.md`` and its pictures from the JSON lines: `python -m benchmarks.study report`.
+"""What a person reads: RESULTS.md, at most two pages, and its pictures."""
 
-Every sentence with a verdict is computed from the numbers by rules that stand in the section's
-module; a part that was not run is said to be so.
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.lab._jobs import Outcome
+from benchmarks.study import _statistics as statistics
+from benchmarks.study._arms import ARMS, B1, TRIALS
+from benchmarks.study._figures import draw_all
+from benchmarks.study._train import gradients
+from benchmarks.study._workload import Workload
+
+#: An arm whose every layer has a momentum so near to Adam's is Adam.
+NEAR = 0.02
+
+PAGE = """# Does LAMA help?
+
+Written by `python -m benchmarks.study`; `benchmarks/README.md` has the protocol, and what each
+verdict asks for.
+
+{0}
+
+## Held-out loss, tuned against tuned
+
+![Differences between arms with 95 % intervals; grey: too small to be seen]({here}/forest.png)
+
+{1}
+
+## What tuning takes
+
+![Held-out loss after one to five trials]({here}/tuning.png)
+
+Of k trials drawn at random from the arm's box, the one with the least validation loss: the mean
+over all subsets of the trials made, and over studies. The table below has the difference after one
+trial, with its 95 % interval.
+
+## The arms
+
+Tuned: the median over studies of what validation chose. Gradients and seconds: the median over
+confirmations, to the validation loss that AdamW has after nine tenths of its run. LAMA's estimates
+are counted. Momentum: the least and the largest of any layer; an arm with all within {near} of
+Adam's is Adam.
+
+{2}
 """
 
-import functools
-import os
-import re
-import sys
-from collections.abc import Callable
-from pathlib import Path
 
-from matplotlib.figure import Figure
-from tqdm import tqdm
-
-from benchmarks.study import _figures_choices as choices
-from benchmarks.study import _figures_curves as curves
-from benchmarks.study import _figures_forest as forests
-from benchmarks.study._figures import save
-from benchmarks.study._report_causes import causes_section
-from benchmarks.study._report_cost import cost_section
-from benchmarks.study._report_data import BASE, Study, load
-from benchmarks.study._report_headroom import headroom_section
-from benchmarks.study._report_help import help_section
-from benchmarks.study._report_questions import questions_section
-from benchmarks.study._report_rates import rates_section
-from benchmarks.study._report_rules import rules_section
-from benchmarks.study._report_text import NOT_RUN, Section, label, table
-from benchmarks.study._report_traces import traces_section
-from benchmarks.study._statistics import MARGIN, RESAMPLES, SEED
-
-SECTIONS: tuple[Callable[[Study], Section], ...] = (
-    help_section,
-    causes_section,
-    rates_section,
-    cost_section,
-    questions_section,
-    traces_section,
-    headroom_section,
-    rules_section,
-)
-#: What each picture is drawn by.
-FIGURES: dict[str, Callable[[Study], Figure | None]] = {
-    "does_it_help.png": forests.does_it_help,
-    "aggregates.png": forests.aggregates,
-    "controls.png": forests.controls,
-    "learning_rates.png": curves.learning_rates,
-    "cost.png": curves.cost,
-    "curves.png": curves.curves,
-    "questions.png": choices.open_choices,
-    "traces.png": choices.traces,
-    "headroom.png": forests.headroom,
-    "rules.png": forests.rules,
-}
-#: Beside the lines: the long tables, and which lines each figure comes from.
-TABLES = "TABLES.md"
-#: Sections whose answers stand at the top: one line each.
-ANSWERS: tuple[tuple[int, ...], ...] = ((0,), (1,), (2,), (3,), (6, 7))
+def summarize(known: dict[str, Workload], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """By workload: contrasts, arms and the noise floor."""
+    rows = [unit | result for unit, result in outcomes]
+    frame = pd.DataFrame(rows).rename(columns={"section": "arm"})
+    return {
+        name: _workload(known[name], own.assign(score=known[name].score(own.held_out)))
+        for name, own in frame.groupby("model", sort=False)
+    }
 
 
-def main(results: Path, output: Path | None = None) -> Path:
-    """Writes the report of a results folder.
-
-    Args:
-      results: folder with the study's ``.jsonl`` files; pictures and long tables are written there
-        too.
-      output: the file to write; by default ``benchmarks/RESULTS.md`` for the committed results
-        and ``RESULTS.md`` inside ``results`` for others.
-
-    Returns:
-      the file that was written.
-
-    Raises:
-      ValueError: if the folder has no results, or lines that cannot be read.
-    """
-    study = load(results)
-    output = default_output(results) if output is None else output
-    sections, drawn = [], []
-    # disable=None: a bar for terminals, none in a file.
-    with tqdm(total=len(SECTIONS) + len(FIGURES), unit="part", disable=None) as bar:
-        for write in SECTIONS:
-            sections.append(write(study))
-            bar.update()
-        for name, draw in FIGURES.items():
-            if save(results / name, functools.partial(draw, study)):
-                drawn.append(name)
-            bar.update()
-    folder = Path(os.path.relpath(results, output.parent)).as_posix()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    page, tables = compose(study, sections, drawn, folder)
-    output.write_text(page, encoding="utf-8")
-    (results / TABLES).write_text(tables, encoding="utf-8")
-    print(f"{output}: {sections[0].answer}", file=sys.stderr)
-    return output
+def _workload(workload: Workload, frame: pd.DataFrame) -> dict[str, Any]:
+    confirmed = frame[frame.confirmation.notna()]
+    scores = confirmed.groupby(["study", "arm"]).score.mean().unstack()
+    pairs = [("L", "A"), ("L", "M")] + [(n, "A") for n in workload.arms[2:] if n != "L"]
+    found = [statistics.contrast(scores[one] - scores[other]) for one, other in pairs]
+    floor = statistics.contrast(scores["A"] - scores["A'"])
+    adjusted = statistics.holm([contrast.p for contrast in found])
+    margin, words = workload.margin or -np.log(0.99), "1 %"
+    if workload.margin:
+        words = f"{workload.margin:g} points"
+    near = [_is_adam(own) for _, own in confirmed[confirmed.arm == "L"].groupby("study")]
+    is_void = floor.low > 0 or floor.high < 0
+    contrasts = []
+    for pair, contrast, p in zip(pairs, found, adjusted, strict=True):
+        says = statistics.verdict(contrast, p, margin, len(pairs), words)
+        if "L" in pair and sum(near) > len(near) / 2:
+            says = f"not tested: LAMA tuned itself to Adam in {sum(near)} of {len(near)} studies"
+        if is_void:
+            says = "void: AdamW differs from AdamW"
+        contrasts.append({"pair": pair, "contrast": contrast, "p": p, "verdict": says})
+    return {
+        "workload": workload,
+        "studies": len(scores),
+        "contrasts": contrasts,
+        "floor": floor,
+        "visible": statistics.half_width(floor.spread, floor.studies),
+        "arms": _arms(workload, frame),
+    }
 
 
-def default_output(results: Path) -> Path:
-    """Beside the committed results' parent, as ``benchmarks/RESULTS.md``; else inside."""
-    parent = results.resolve().parent
-    committed = parent.name == "results" and parent.parent.name == "benchmarks"
-    return (results.parent.parent if committed else results) / "RESULTS.md"
+def _is_adam(runs: pd.DataFrame) -> bool:
+    ranges = np.asarray(runs.momentum.tolist())
+    return bool(np.all(np.abs(ranges - B1) <= NEAR))
 
 
-def compose(
-    study: Study, sections: list[Section], drawn: list[str], folder: str
-) -> tuple[str, str]:
-    """The page and its long tables; a picture that was not drawn is left out."""
-    lines = [" ".join(sections[i].answer for i in group) for group in ANSWERS]
-    answers = "\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))
-    where = f"[{folder}]({folder})" if folder != "." else "this folder"
-    written = (
-        f"Written by `python -m benchmarks.study report` from the JSON lines in {where}; the"
-        " protocol is in `benchmarks/README.md`. Every arm on every workload, and the lines that"
-        f" each figure comes from: [{TABLES}]({folder}/{TABLES})."
-    )
-    parts = [
-        "# Does layer-adaptive momentum help?",
-        written,
-        answers,
-        _reading(),
-        _what_was_run(study),
-        *(section.markdown() for section in sections),
+def _arms(workload: Workload, frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Of every arm: how it ends, how it tunes, and what the same loss costs it."""
+    confirmed = frame[frame.confirmation.notna()]
+    targets = {
+        study: float(np.mean([_at(curve, 0.9 * workload.steps) for curve in own.curve]))
+        for study, own in confirmed[confirmed.arm == "A"].groupby("study")
+    }
+    found, base = {}, _after_trials(frame[frame.arm == "A"])
+    for name, own in frame.groupby("arm", sort=False):
+        last = own[own.confirmation.notna()]
+        pairs = zip(last.study, last.curve, strict=True)
+        steps = np.asarray([statistics.steps_to(curve, targets[study]) for study, curve in pairs])
+        after = _after_trials(own)
+        per_step = gradients(workload, name, workload.steps) / workload.steps
+        found[name] = {
+            "score": last.score.mean(),
+            "after": after.mean(axis=0),
+            "first": statistics.contrast((after - base)[:, 0]) if name != "A" else None,
+            "reached": int(np.isfinite(steps).sum()),
+            "runs": len(steps),
+            "gradients": float(np.median(steps)) * per_step,
+            "seconds": float(np.median(steps * last.seconds / workload.steps)),
+            "diverged": int(own.diverged.sum()),
+            "trained": len(own),
+            "momentum": _range(last.momentum),
+            "tuned": _tuned(pd.DataFrame(last.hyper.tolist())),
+        }
+    return found
+
+
+def _after_trials(runs: pd.DataFrame) -> np.ndarray:
+    """Scores by study and number of trials."""
+    studies = [own for _, own in runs[runs.trial.notna()].groupby("study")]
+    rows = [(list(own.validation), list(own.score)) for own in studies]
+    counts = range(1, TRIALS + 1)
+    return np.asarray([[statistics.after_trials(*row, count) for count in counts] for row in rows])
+
+
+def _tuned(hyper: pd.DataFrame) -> str:
+    """Medians; of lambda that of the magnitude, and how often it was positive."""
+    words = ", ".join(f"{axis} {x:.2g}" for axis, x in hyper.abs().median().items())
+    if "lambda" in hyper:
+        words += f" (above 0: {(hyper['lambda'] > 0).sum()} of {len(hyper)})"
+    return words
+
+
+def _at(curve: Sequence[tuple[int, float]], step: float) -> float:
+    return float(np.interp(step, *np.transpose(curve)))
+
+
+def _range(momenta: pd.Series) -> tuple[float, float] | None:
+    values = momenta.dropna().tolist()
+    return (float(np.min(values)), float(np.max(values))) if values else None
+
+
+def write(folder: Path, page: Path, known: dict[str, Workload], outcomes: Sequence[Outcome]) -> str:
+    """Draws the pictures into ``folder`` and writes the page; returns its text."""
+    summary = summarize(known, outcomes)
+    draw_all(folder, summary)
+    of_all = [
+        "\n\n".join(part(own) for own in summary.values())
+        for part in (_sentence, _contrast_table, _arm_table)
     ]
-    text = "\n\n".join(parts) + "\n"
-
-    def keep(match: re.Match[str]) -> str:
-        return match[0].replace("{pictures}/", f"{folder}/") if match[2] in drawn else ""
-
-    text = re.sub(r"!\[([^]]*)\]\(\{pictures\}/([^)]*)\)", keep, text).replace("(./", "(")
-    tables = [
-        "# Does layer-adaptive momentum help? The tables behind the answers",
-        *(f"## {s.title}\n\n{s.tables()}" for s in sections if s.tables()),
-    ]
-    return re.sub(r"\n{3,}", "\n\n", text), "\n\n".join(tables) + "\n"
+    text = PAGE.format(*of_all, here=os.path.relpath(folder, page.parent), near=NEAR)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text)
+    return text
 
 
-def _reading() -> str:
-    return (
-        f"How to read it. Every arm is compared with {label(BASE)}, its learning rate and b1 tuned"
-        " with as many trials. The primary figure is the relative difference of the mean held-out"
-        " losses at a fixed number of steps, paired by seed (split, initialisation, batch order):"
-        " negative is lower, that is better. In brackets: 95 % intervals, unless said otherwise"
-        f" BCa bootstrap of {RESAMPLES} resamples, seed {SEED}. p: paired t-test, Holm over the"
-        f" workloads. *Equivalent*: within +-{100 * MARGIN:g} % by two one-sided paired t-tests,"
-        " Holm alike; it comes before *better* and *worse*, which need p < 0.05 and an interval"
-        " without 0; else *undecided*. An arm that diverges on more than one run in a hundred"
-        " more than its base is *worse (diverges)*. Over all workloads: difference of the"
-        " interquartile means of losses relative to the base's mean, every workload counting the"
-        " same, stratified bootstrap (arch) over seeds."
+def _interval(workload: Workload, contrast: statistics.Contrast) -> str:
+    mean = workload.shown(contrast.mean)
+    low, high = sorted(workload.shown([contrast.low, contrast.high]))
+    return f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]"
+
+
+def _sentence(own: dict[str, Any]) -> str:
+    """What is shown, not shown and unknown of a workload."""
+    workload, verdicts = own["workload"], {row["pair"]: row["verdict"] for row in own["contrasts"]}
+    text = (
+        f"**{workload.title}**, {own['studies']} studies. LAMA against AdamW (lr, decay):"
+        f" {verdicts['L', 'A']}; against AdamW (lr, b1): {verdicts['L', 'M']}."
     )
-
-
-def _what_was_run(study: Study) -> str:
-    rows = []
-    for workload in study.workloads:
-        tuned = list(study.lines("tune", workload))
-        # After more tuning an arm has a later line, which counts.
-        final = list({line["arm"]: line for line in study.lines("final", workload)}.values())
-        trials = {a: len(study.trials(workload, a)) for a in dict.fromkeys(t["arm"] for t in tuned)}
-        base = study.runs(workload, BASE)
-        rows.append(
-            (
-                workload,
-                _span([line["steps"] for line in (*final, *tuned)]),
-                _span(list(trials.values())),
-                _span([len(line["seeds"]) for line in tuned]),
-                str(base.seeds.size) if base else NOT_RUN,
-                str(len({line["arm"] for line in final})),
-                f"{sum(line.get('seconds') or 0 for line in study.all_lines(workload)) / 60:.1f}",
-                "; ".join(sorted({_edge(line) for line in final if line.get("edge")})),
+    if ("E", "A") in verdicts:
+        control = next(row["contrast"] for row in own["contrasts"] if row["pair"] == ("E", "A"))
+        if control.low > 0 or control.high < 0:
+            text += " Muon, the positive control, differs from AdamW: the study sees a difference."
+        else:
+            text += (
+                " Muon, the positive control, cannot be told from AdamW: the study sees too little."
             )
-        )
-    header = (
-        "workload",
-        "steps",
-        "distinct trials an arm",
-        "tuning seeds",
-        "final seeds",
-        "arms",
-        "minutes",
-    )
-    return (
-        "What was run:\n\n"
-        + table((*header, "optimum at an edge"), rows)
-        + "\n\n"
-        + _versions(study)
-    )
+    return text
 
 
-def _edge(line: dict) -> str:
-    return f"{label(line['arm'])} ({', '.join(line['edge'])})"
+def _contrast_table(own: dict[str, Any]) -> str:
+    workload = own["workload"]
+    words = "points, more is better" if workload.margin else "%, less is better"
+    first, visible = f"{workload.name}, {words}", f"{abs(workload.shown(own['visible'])):.2g}"
+    lines = [
+        {
+            first: " minus ".join(row["pair"]),
+            "mean and 95 % interval": _interval(workload, row["contrast"]),
+            "p (Holm)": f"{row['p']:.2g}",
+            "smallest visible": visible,
+            "verdict": row["verdict"],
+        }
+        for row in own["contrasts"]
+    ]
+    floor = {first: "A minus A'", "mean and 95 % interval": _interval(workload, own["floor"])}
+    return _table([*lines, floor])
 
 
-def _versions(study: Study) -> str:
-    seen: dict[str, set[str]] = {}
-    for workload in study.workloads:
-        for line in study.all_lines(workload):
-            for name, version in line.get("versions", {}).items():
-                seen.setdefault(name, set()).add(str(version))
-    if not seen:
-        return ""
-    return "Versions: " + ", ".join(f"{n} {' and '.join(sorted(v))}" for n, v in seen.items()) + "."
+def _arm_table(own: dict[str, Any]) -> str:
+    workload, lines = own["workload"], []
+    for name, arm in own["arms"].items():
+        value = -arm["score"] if workload.margin else np.exp(arm["score"])
+        line = {
+            f"{workload.name}": name,
+            "arm": ARMS[name].title,
+            "held-out": f"{value:.4g}",
+            "one trial, minus A": _interval(workload, arm["first"]) if arm["first"] else "",
+            "tuned": arm["tuned"],
+            "diverged": f"{arm['diverged']} of {arm['trained']}",
+            "reached": f"{arm['reached']} of {arm['runs']}",
+        }
+        if np.isfinite(arm["gradients"]):
+            line |= {"gradients": f"{arm['gradients']:.0f}", "seconds": f"{arm['seconds']:.2g}"}
+        if arm["momentum"]:
+            line["momentum"] = "{:.3f} to {:.3f}".format(*arm["momentum"])
+        lines.append(line)
+    return _table(lines)
 
 
-def _span(numbers: list[int]) -> str:
-    if not numbers:
-        return NOT_RUN
-    low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{low} to {high}"
+def _table(lines: list[dict[str, str]]) -> str:
+    """Markdown, without a package for it."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    rows = [names, [":--"] * len(names), *([line.get(n, "") for n in names] for line in lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lab._steps import ADAM, default_flipout
+from benchmarks.lab._steps import default_flipout
 from benchmarks.lab._training import text_warning
 from benchmarks.moons._report import table
 from benchmarks.traces._jax import TEN_PROBES
@@ -45,7 +45,6 @@ def report(summary: dict[str, Any]) -> str:
         if "along" in model:
             sections.append(_along(model))
     sections.append(NOTES)
-    sections.append(lines(summary["lines"], "What had to hold"))
     if "transformer" in summary["models"] and text_warning():
         sections.append(str(text_warning()))
     return "\n\n".join(sections)
@@ -155,21 +154,3 @@ def _along(model: dict[str, Any]) -> str:
         + "\nRoot mean square over the training (and ten replicates where K = 1). The truth itself"
         f" is known to\n{100 * along['truth_error']:.1f} % (median)."
     )
-
-
-def lines(found: Sequence[dict[str, Any]], title: str) -> str:
-    """The lines of the table of what had to hold, each with its figure."""
-    rows = [
-        [
-            f"{line['measure']}, {line['model']}",
-            f"{line['target']:g}",
-            f"{line['figure']:.3g}",
-            "holds" if line["holds"] else "DOES NOT HOLD",
-            line["how"],
-        ]
-        for line in found
-    ]
-    if not rows:
-        return f"{title}: nothing was measured."
-    body = table(["", "target", "measured", "", "how"], rows)
-    return f"{title}\n{body}\nsteps are over {ADAM}'s; work is times less than the best peer's."

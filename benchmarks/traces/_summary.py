@@ -1,4 +1,4 @@
-"""What the measurements say: variances, work, and the lines that were to hold."""
+"""What the measurements say: variances and work."""
 
 import math
 from collections.abc import Sequence
@@ -16,9 +16,6 @@ from lama_optax import layer_names
 
 #: A layer's standard error that telemetry is to reach, relative to its trace.
 TELEMETRY_ERROR, TELEMETRY_INTERVAL = 0.1, 100
-#: Times less work than the best peer, that were to be reached.
-WORK_TARGETS = {"mlp": 20.0, "cnn": 50.0, "transformer": 20.0}
-TELEMETRY_TARGET = 1.02
 
 
 def summarize(outcomes: Sequence[Outcome], models: Models) -> dict[str, Any]:
@@ -37,7 +34,7 @@ def summarize(outcomes: Sequence[Outcome], models: Models) -> dict[str, Any]:
         by_model[name]["telemetry"] = _telemetry(by_model[name])
         if chunks:
             by_model[name]["along"] = _along(chunks, by_model[name])
-    return {"models": by_model, "lines": _lines(by_model)}
+    return {"models": by_model}
 
 
 def is_peer(label: str) -> bool:
@@ -218,45 +215,4 @@ def _along(chunks: Sequence[dict[str, Any]], model: dict[str, Any]) -> dict[str,
         "steps": len(samples),
         "batch": {"median": float(np.median(batch)), "worst": float(np.max(batch))},
         "truth_error": float(np.median(truth_errors / abs(exact))),
-    }
-
-
-def _lines(by_model: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lines of the table of what had to hold that are about traces."""
-    lines = []
-    for name, model in by_model.items():
-        merged = model["contenders"]
-        if name != "moons":
-            label = model["flipout"]
-            ratio = float(np.median(merged[label]["sd"] / merged[TEN_PROBES]["sd"]))
-            lines.append(_line("standard error", name, label, 1.0, ratio, ratio <= 1))
-        if name in WORK_TARGETS:
-            target = WORK_TARGETS[name]
-            ways = {"work": [k for k in OWN if k.startswith("flipout") and k in merged]}
-            if "error" not in merged[EXACT]:
-                ways = {"work, by probes": ways["work"], "work": [EXACT]}
-            for measure, labels in ways.items():
-                found = {label: best_peer(merged[label]) for label in labels}
-                label = max(labels, key=lambda key: (found[key] or ("", 0.0))[1])
-                peer, ratio = found[label] or ("no peer is installed", math.nan)
-                how = f"{label}; {peer}"
-                lines.append(_line(measure, name, how, target, ratio, ratio >= target))
-        if name == "transformer":
-            label, best = min(model["telemetry"].items(), key=lambda item: item[1]["over_adam"])
-            how = f"{label}, {best['probes']} probes, worst {best['worst_layer']}"
-            ratio, target = best["over_adam"], TELEMETRY_TARGET
-            lines.append(_line("telemetry", name, how, target, ratio, ratio <= target))
-    return lines
-
-
-def _line(
-    measure: str, model: str, how: str, target: float, figure: float, holds: bool
-) -> dict[str, Any]:
-    return {
-        "measure": measure,
-        "model": model,
-        "how": how,
-        "target": target,
-        "figure": figure,
-        "holds": bool(holds),
     }

@@ -175,7 +175,7 @@ def predicted(batch, noise=NOISE):
     return STEPS * (1 + noise / batch) / (1 + noise / BATCH)
 
 
-BATCHES = (4, 8, 32, 64)
+BATCHES = (4, 32, 64)
 for batch in BATCHES:
     steps = predicted(batch)
     print(f"batch {batch:3d}: {steps:5.0f} steps, {steps * batch / 1000:5.1f} thousand examples")

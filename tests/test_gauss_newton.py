@@ -290,3 +290,19 @@ def test_bad_input_is_named(changed, message):
 def test_bad_setting_is_named():
     with pytest.raises(ValueError, match="max_outputs"):
         gauss_newton(max_outputs=0)
+
+
+def test_a_row_of_zeros_leaves_the_weights_before_it_known():
+    """|h| has no derivative at h = 0, where a dead ReLU puts it."""
+    params = {"first": {"w": jnp.ones((2, 3))}, "second": {"w": jnp.ones((3, 2))}}
+    batch = jnp.array([[1.0, 2.0], [-1.0, -2.0]])
+    found = layer_curvature(
+        params,
+        0,
+        estimator=gauss_newton(),
+        example_output_fn=lambda p, x: jax.nn.relu(x @ p["first"]["w"]) @ p["second"]["w"],
+        output_loss_fn=lambda z, x: jnp.sum(z**2) / 2,
+        batch=batch,
+    )
+    # By hand, of the first example; the other has no gradient. 2 outputs, 3 hidden of 3 each.
+    np.testing.assert_allclose(found.mean * found.size, [2 * 3 * 5 / 2, 2 * 27 / 2])

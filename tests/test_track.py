@@ -265,10 +265,10 @@ CALIBRATED = [
 
 @pytest.mark.parametrize(("make", "estimator"), CALIBRATED)
 def test_interval_holds_the_whole_data_sets_curvature(make, estimator):
-    """At fixed parameters, with fresh batches and probes: 90 to 98 % of 200 runs, in each layer.
+    """At fixed parameters, with fresh batches and probes: 90 to 98 % of runs, in each layer.
 
-    Of 200 runs 95 % have a standard deviation of 1.5 %. Estimates are skewed, so that the true
-    coverage lies between 92 and 97 %.
+    Of 200 runs, coverages of 90 and of 98 % have standard deviations of 2.1 and of 1.0 %. So the
+    mean of the layers lies within, and each layer within three of them.
     """
     params, apply_fn, inputs, targets = make(n=48)
     task = supervised(apply_fn, inputs, targets)
@@ -288,8 +288,10 @@ def test_interval_holds_the_whole_data_sets_curvature(make, estimator):
 
     keys = jax.random.split(jax.random.key(0), RUNS)
     held = jax.jit(lambda keys: jax.lax.map(run, keys, batch_size=20))(keys)
-    assert (held.mean(0) >= 0.9).all(), held.mean(0)
-    assert (held.mean(0) <= 0.98).all(), held.mean(0)
+    assert 0.9 <= held.mean() <= 0.98, held.mean(0)
+    for bound, side in ((0.9, 1), (0.98, -1)):
+        error = (bound * (1 - bound) / RUNS) ** 0.5
+        assert (side * (held.mean(0) - bound) >= -3 * error).all(), held.mean(0)
 
 
 @pytest.mark.parametrize("estimator", [hutchinson(1), fisher()], ids=["hutchinson", "fisher"])

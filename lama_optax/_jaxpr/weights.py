@@ -96,6 +96,8 @@ class Weight:
             self.record.rows[self.leaf] = out.shape
             length = jnp.sqrt(jnp.sum(jnp.square(h.astype(wide_dtype(h))))).astype(out.dtype)
             if self.leaf in self.record.moves:
+                # A move is 0: the length's own derivative, which h = 0 has none of, adds nothing.
+                length = jax.lax.stop_gradient(length)
                 return out + length * self.record.moves[self.leaf].astype(out.dtype)
         after = []
         for axis, signs in self.signs.items():

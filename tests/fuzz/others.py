@@ -205,13 +205,12 @@ def frozen(r, t, d):
 
     def callback(h, w):
         fixed = jax.lax.stop_gradient(h @ w)
-        result = jax.ShapeDtypeStruct(fixed.shape, fixed.dtype)
-        seen = jax.pure_callback(
-            lambda x: np.sign(np.asarray(x)).astype(result.dtype),
-            *(result, fixed),
-            vmap_method="expand_dims",
+        # Booleans: a callback runs in another thread, where float64 may not be enabled.
+        result = jax.ShapeDtypeStruct(fixed.shape, bool)
+        above = jax.pure_callback(
+            lambda x: np.asarray(x) > 0, *(result, fixed), vmap_method="expand_dims"
         )
-        return h @ w * seen
+        return jnp.where(above, 1, -1) * (h @ w)
 
     form, apply = form_of(
         r,

@@ -28,7 +28,7 @@ class Carry(NamedTuple):
 
 
 def run(workload: Workload, batch: int, rate: float, seed: int, true: bool) -> dict[str, Any]:
-    """Trains until the last target; a row for every look at the loss.
+    """Trains until the last target; a row for each that is reached, and one for the end.
 
     Args:
       workload: what is trained.
@@ -81,8 +81,10 @@ def run(workload: Workload, batch: int, rate: float, seed: int, true: bool) -> d
         if true and passed:  # it moves by half from step to step, and the tracked one is an average
             looks = [exact(workload, params) for params in recent]
             row["true"] = float(np.exp(np.mean(np.log(np.maximum(looks, 1e-9)))))
-        rows.append(row)
-        if not np.isfinite(loss) or len(reached) == len(workload.targets):
+        ended = not np.isfinite(loss) or len(reached) == len(workload.targets)
+        if passed or ended or last + every > most:
+            rows.append(row)
+        if ended:
             break
         before = min(loss, before)
     return {"start": start, "reached": reached, "rows": rows}

@@ -125,7 +125,7 @@ def allocate_bits(
 
     It is solved exactly, as an integer program. The prediction is a quadratic, and a layer at too
     few bits has left its reach: a width is offered only where it changes the layer's weights by at
-    most ``max_change`` of their norm. Normal ones change by 0.6 at 2 bits, 0.25 at 3, 0.1 at 4.
+    most ``max_change`` of their norm.
 
     With ``value_fn`` the choice is verified. Each layer is rounded alone, a prediction that was off
     is corrected by what was measured, at most threefold, and the choice is made again. What

@@ -141,8 +141,8 @@ def supervised(
     ``sampled_losses_fn``, for `fisher`, returns :math:`b_i \cdot z_i(\theta)` with random
     :math:`b_i = B_i e_i`, where :math:`B_i B_i^\top = \nabla_z^2 \ell_i` and e holds signs: only
     their gradients mean anything. Gradients of losses with drawn targets have the same covariance,
-    and more variance in their squares: 1.4 to 2 times that on the benchmarks' MLP and CNN. With
-    probabilities p of classes, :math:`B e = u - p \sum_k u_k` where :math:`u_k = \sqrt{p_k} e_k`.
+    and more variance in their squares where predictions are sure. With probabilities p of classes,
+    :math:`B e = u - p \sum_k u_k` where :math:`u_k = \sqrt{p_k} e_k`.
 
     Args:
       apply_fn: ``apply_fn(params, inputs) -> outputs``, such as

@@ -1,7 +1,7 @@
 """One training: curvature by every way, predictions, and the bits that each way chooses."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -55,6 +55,7 @@ def measure(network: Network, seed: int, quick: bool) -> dict[str, Any]:
         prediction[way] = {"rank": float(spearmanr(predicted, rises)[0]), "ratio": float(ratio)}
 
     choices: dict[str, Any] = {}
+    greedy = rounder.greedy(loss["validation"])
     for budget in BUDGETS:
         trees = {"uniform": rounder.tree(dict.fromkeys(rounder.rows, budget))}
         for way, values in curvature.items():
@@ -70,9 +71,7 @@ def measure(network: Network, seed: int, quick: bool) -> dict[str, Any]:
                 ).params
                 verified = time.perf_counter() - began
                 seconds |= {f"choice at {budget}": choice, f"verified choice at {budget}": verified}
-        began = time.perf_counter()
-        trees["greedy measurement"] = rounder.greedy(loss["validation"], budget)
-        seconds[f"greedy at {budget}"] = time.perf_counter() - began
+        trees["greedy measurement"], seconds[f"greedy at {budget}"] = next(greedy)
         random = [rounder.random(rng, budget) for _ in range(2 if quick else 20)]
         found_rises = {
             way: float(loss["test"](tree)) - start["test"] for way, tree in trees.items()
@@ -217,18 +216,25 @@ class _Rounder:
                 widths[row] = WIDTHS[max(1, WIDTHS.index(widths[row]) - 1)]
             return self.tree(widths)
 
-    def greedy(self, loss: Callable[[Any], jax.Array], budget: float) -> Any:
-        """Lowers, again and again, the layer that costs least for each bit saved, as measured."""
+    def greedy(self, loss: Callable[[Any], jax.Array]) -> Iterator[tuple[Any, float]]:
+        """Lowers, again and again, the layer that costs least for each bit saved, as measured.
+
+        Yields the tree at each budget, the largest first, and the seconds that led there.
+        """
         widths = dict.fromkeys(self.rows, WIDTHS[-1])
         before = float(loss(self.tree(widths)))
-        while self._mean(widths) > budget:
-            found = {}
-            for row in self.rows:
-                index = WIDTHS.index(widths[row])
-                if index:
-                    lower = widths | {row: WIDTHS[index - 1]}
-                    saved = self.sizes[row] * (widths[row] - WIDTHS[index - 1])
-                    value = float(loss(self.tree(lower)))
-                    found[row] = ((value - before) / saved, value, lower)
-            _, before, widths = min(found.values(), key=lambda entry: entry[0])
-        return self.tree(widths)
+        seconds = 0.0
+        for budget in BUDGETS:
+            began = time.perf_counter()
+            while self._mean(widths) > budget:
+                found = {}
+                for row in self.rows:
+                    index = WIDTHS.index(widths[row])
+                    if index:
+                        lower = widths | {row: WIDTHS[index - 1]}
+                        saved = self.sizes[row] * (widths[row] - WIDTHS[index - 1])
+                        value = float(loss(self.tree(lower)))
+                        found[row] = ((value - before) / saved, value, lower)
+                _, before, widths = min(found.values(), key=lambda entry: entry[0])
+            seconds += time.perf_counter() - began
+            yield self.tree(widths), seconds

@@ -21,8 +21,7 @@ def parse(argv: Sequence[str] | None = None) -> CostSettings:
     """Reads the command line; a wrong option ends the program with a message that names it."""
     command_line = parser(
         "benchmarks.cost",
-        "Times training steps with curvature against Adam's, their memory, how both grow, and"
-        " how far they are from the least that is possible.",
+        "Times training steps with curvature against Adam's, and their memory.",
         "results/cost",
     )
     command_line.add_argument(
@@ -44,11 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(settings: CostSettings) -> None:
     import jax
 
-    from benchmarks.cost import _adahessian, _floor, _growth, _memory, _moons, _steps, _tracking
+    from benchmarks.cost import _steps, _tracking
     from benchmarks.cost import _tracking_report as tracking
     from benchmarks.cost._figures import draw_all
-    from benchmarks.cost._report import report
-    from benchmarks.cost._summary import summarize
+    from benchmarks.cost._report import report, summarize
     from benchmarks.lab._environment import context
     from benchmarks.lab._jobs import run_jobs
     from benchmarks.lab._store import Store, save_results
@@ -61,14 +59,7 @@ def _run(settings: CostSettings) -> None:
 
     save = functools.partial(save_results, common.results, store.context)
     if settings.only != "tracking":
-        jobs = [
-            *_steps.jobs(common, models),
-            *_floor.jobs(common, models),
-            *_adahessian.jobs(common, models),
-            *_memory.jobs(common, models),
-            *_growth.jobs(common),
-            *_moons.jobs(common),
-        ]
+        jobs = list(_steps.jobs(common, models))
         outcomes = run_jobs(store, jobs, "benchmarks.cost")
         summary = summarize(outcomes, models, common.quick)
         save("results", summary, report(summary))

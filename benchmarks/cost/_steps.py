@@ -1,13 +1,18 @@
-"""Times of training steps, and the memory that the compiled steps need."""
+"""Times of training steps, and the memory that compiled steps and estimates need."""
 
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 from benchmarks.lab._jobs import Job, Models, Settings
-from benchmarks.lab._steps import Contender, Step, first_order, with_curvature
-from benchmarks.lab._timing import interleave
+from benchmarks.lab._models import Model
+from benchmarks.lab._steps import Contender, Steps, compiled_estimate, first_order, with_curvature
 from benchmarks.lab._training import describe
+from lama_optax import Estimator, flipout, hutchinson
+
+#: Numbers of probes between which the memory of an estimate is compared.
+PROBES = (1, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +27,10 @@ class Rounds:
 def groups(quick: bool) -> dict[str, tuple[dict[str, Contender], Rounds]]:
     """The contenders that are compared with each other; each group has Adam in it."""
     if quick:
+        some = dict(list(with_curvature((2,)).items())[::3])
         return {
             "first order": (first_order(), Rounds(1, 2, 0)),
-            "curvature": (_some(with_curvature((2,))), Rounds(1, 2, 0)),
+            "curvature": (some, Rounds(1, 2, 0)),
         }
     return {
         "first order": (first_order(), Rounds(10, 20, 0.1)),
@@ -32,43 +38,32 @@ def groups(quick: bool) -> dict[str, tuple[dict[str, Contender], Rounds]]:
     }
 
 
-def _some(contenders: dict[str, Contender]) -> dict[str, Contender]:
-    return dict(list(contenders.items())[::3])
-
-
 def jobs(settings: Settings, models: Models) -> Iterator[Job]:
-    """Units of the sections ``"steps"`` and ``"temp"``."""
+    """Units of the sections ``"steps"``, ``"temp"`` and ``"probes"``."""
     for name, task in models.tasks.items():
         for group, (contenders, rounds) in groups(settings.quick).items():
-            steps = _Steps(models, name, contenders)
-            unit = {"model": name, "task": describe(task), "contenders": list(contenders)}
+            steps = Steps(models, name, contenders)
+            unit: dict[str, Any] = {"model": name, "task": describe(task)}
+            unit["contenders"] = list(contenders)
             for block in range(rounds.blocks):
                 settled = {"group": group, "block": block, **dataclasses.asdict(rounds)}
+                seed = [settings.seed, block]
                 yield Job(
                     {"section": "steps", **unit, **settled, "seed": settings.seed},
-                    functools.partial(steps.times, rounds, [settings.seed, block]),
+                    functools.partial(steps.times, rounds.rounds, rounds.window, seed),
                 )
             yield Job({"section": "temp", **unit, "group": group}, steps.temp_bytes)
+        for num_probes in PROBES:
+            unit = {"model": name, "task": describe(task), "num_probes": num_probes}
+            measure = functools.partial(_estimates, models, name, num_probes)
+            yield Job({"section": "probes", **unit}, measure)
 
 
-class _Steps:
-    """The compiled steps of one group on one model."""
+def _estimates(models: Models, name: str, num_probes: int) -> dict[str, int]:
+    """Bytes that compiled estimates need beside their arguments and results."""
+    model: Model = models[name]
 
-    def __init__(self, models: Models, name: str, contenders: dict[str, Contender]):
-        self._models, self._name, self._contenders = models, name, contenders
+    def of(estimator: Estimator) -> int:
+        return compiled_estimate(model, estimator).memory_analysis().temp_size_in_bytes
 
-    @functools.cached_property
-    def _steps(self) -> dict[str, Step]:
-        model = self._models[self._name]
-        return {label: Step(model, contender) for label, contender in self._contenders.items()}
-
-    def times(self, rounds: Rounds, seed: list[int]) -> dict[str, list[float]]:
-        """Seconds a step, of each contender and round."""
-        for step in self._steps.values():
-            step.run(1)  # compiled, and its code and arrays in the caches
-        visits = {label: step.visit() for label, step in self._steps.items()}
-        return interleave(visits, rounds.rounds, rounds.window, seed)
-
-    def temp_bytes(self) -> dict[str, int]:
-        """Bytes that each compiled step needs beside its arguments and results."""
-        return {label: step.temp_bytes() for label, step in self._steps.items()}
+    return {"hutchinson": of(hutchinson(num_probes)), "flipout": of(flipout(num_probes))}

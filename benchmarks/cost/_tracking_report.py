@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cost._tracking import WANTED
-from benchmarks.lab._jobs import Models, Outcome
-from benchmarks.lab._steps import ADAM, with_tracker
-from benchmarks.lab._timing import Spread, median_interval, paired_ratio, paired_ratios
-from benchmarks.moons._report import table
+from benchmarks.lab._jobs import Models, Outcome, pick
+from benchmarks.lab._steps import ADAM, over_adam
+from benchmarks.lab._tables import table
 
 STARTS = {"trained": "from trained parameters on", "initial": "from the start of training"}
 
@@ -18,34 +17,19 @@ def summarize(outcomes: Sequence[Outcome], models: Models) -> dict[str, Any]:
     """Of each model: steps by contender, bytes of an estimate, standard errors by start."""
     result = {}
     for name, task in models.tasks.items():
-        of_model = [o for o in outcomes if o.unit["model"] == name]
-
-        def found(section: str, of_model: list[Outcome] = of_model) -> list[Outcome]:
-            return [o for o in of_model if o.unit["section"] == section]
-
-        ((_, programs),) = found("tracking program")
-        blocks = [block for _, block in found("tracking")]
-        seconds = {c: [s for block in blocks for s in block[c]] for c in with_tracker()}
-        steps = {
-            label: {
-                "seconds": Spread.of(seconds[label]),
-                "over_adam": paired_ratio(seconds, label, ADAM),
-                "interval": median_interval(paired_ratios(seconds, label, ADAM)),
-                "compile": programs[label]["compile"],
-                "compile_over_adam": programs[label]["compile"] / programs[ADAM]["compile"],
-                "bytes": programs[label]["bytes"],
-                "bytes_over_adam": programs[label]["bytes"] / programs[ADAM]["bytes"],
-            }
-            for label in seconds
-        }
+        ((_, programs),) = pick(outcomes, section="tracking program", model=name)
+        blocks = pick(outcomes, section="tracking", model=name)
+        steps = over_adam([block for _, block in blocks])
+        for label, found in steps.items():
+            for key in ("compile", "bytes"):
+                found[key] = programs[label][key]
+                found[f"{key}_over_adam"] = programs[label][key] / programs[ADAM][key]
+        errors = pick(outcomes, section="tracking error", model=name)
         result[name] = {
             "title": task.title,
             "steps": steps,
-            "rounds": len(seconds[ADAM]),
             "estimate_over_gradient": programs["fisher"]["bytes"] / programs["gradient"]["bytes"],
-            "errors": {
-                u["start"]: {"steps": u["steps"]} | _share(e) for u, e in found("tracking error")
-            },
+            "errors": {u["start"]: {"steps": u["steps"]} | _share(e) for u, e in errors},
         }
     return {"models": result}
 
@@ -69,7 +53,7 @@ def report(summary: dict[str, Any]) -> str:
 
 
 def _steps(model: dict[str, Any]) -> str:
-    rows = []
+    rows, rounds = [], model["steps"][ADAM]["rounds"]
     for label, found in model["steps"].items():
         interval = found["interval"]
         rows.append(
@@ -88,7 +72,7 @@ def _steps(model: dict[str, Any]) -> str:
     return (
         f"Training steps: {model['title']}\n"
         + table(header, rows)
-        + f"\nMedians over {model['rounds']} rounds in which all took turns, whole intervals of"
+        + f"\nMedians over {rounds} rounds in which all took turns, whole intervals of"
         " steps. compile: tracing and\ncompilation. MiB: what the compiled step needs beside its"
         " arguments, its results among it."
     )

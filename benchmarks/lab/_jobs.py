@@ -66,6 +66,11 @@ def run_jobs(store: Store, jobs: Sequence[Job], title: str) -> list[Outcome]:
     return outcomes
 
 
+def pick(outcomes: Sequence[Outcome], **wanted: Any) -> list[Outcome]:
+    """Those whose units say all that is wanted."""
+    return [outcome for outcome in outcomes if wanted.items() <= outcome.unit.items()]
+
+
 def parser(prog: str, description: str, results: str) -> argparse.ArgumentParser:
     """The options that the benchmarks share."""
     result = argparse.ArgumentParser(

@@ -5,15 +5,23 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks.lab._jobs import Models
 from benchmarks.lab._models import Batch, Model, Params
-from benchmarks.lab._timing import Visit
+from benchmarks.lab._timing import (
+    Spread,
+    Visit,
+    interleave,
+    median_interval,
+    paired_ratio,
+    paired_ratios,
+)
 from lama_optax import (
     Estimator,
     fisher,
@@ -39,13 +47,6 @@ class Contender:
     tx: optax.GradientTransformation
     interval: int = 1  # steps from one estimate to the next; 0: never
     given: bool = False  # whether curvature is given to it, so that it makes no estimate
-    scope: str | None = None  # of its estimate: "joint" or "block"; None: not counted
-    num_probes: int = 0
-
-    @property
-    def gradient_only(self) -> bool:
-        """Whether the gradient is all that its step needs."""
-        return self.given or self.interval == 0
 
 
 def first_order() -> dict[str, Contender]:
@@ -69,10 +70,9 @@ def _carry() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
 
 
-PAPERS = "K=10 vmapped, the paper's"
 #: What LAMA is measured with: label -> estimator.
 ESTIMATORS: dict[str, Estimator] = {
-    PAPERS: hutchinson(10, chunk_size=10),
+    "K=10 vmapped, the paper's": hutchinson(10, chunk_size=10),
     "K=10": hutchinson(10),
     "K=1": hutchinson(1),
     "flipout joint": flipout(1, scope="joint"),
@@ -83,11 +83,6 @@ ESTIMATORS: dict[str, Estimator] = {
 def default_flipout(num_layers: int) -> str:
     """The label of what `flipout()` chooses as it comes: it unrolls up to 8 layers."""
     return "flipout block" if num_layers <= 8 else "flipout joint"
-
-
-def lama_label(estimator: str, interval: int) -> str:
-    """The contender's name in tables."""
-    return f"LAMA, {estimator}, every {interval}"
 
 
 def with_curvature(intervals: tuple[int, ...] = (1, 10)) -> dict[str, Contender]:
@@ -101,10 +96,7 @@ def with_curvature(intervals: tuple[int, ...] = (1, 10)) -> dict[str, Contender]
     for label, estimator in ESTIMATORS.items():
         for interval in intervals:
             tx = lama_adam(rate, estimator=estimator, update_interval=interval)
-            scope = "block" if label.endswith("block") else "joint"
-            probes = 10 if label.startswith("K=10") else 1
-            contender = Contender(tx, interval, scope=scope, num_probes=probes)
-            result[lama_label(label, interval)] = contender
+            result[f"LAMA, {label}, every {interval}"] = Contender(tx, interval)
     result["lama_adam as it comes"] = Contender(lama_adam(rate), _default_interval(lama_adam))
     return result
 
@@ -178,14 +170,6 @@ class Step:
         """What tracing and compilation took."""
         return self._program[1]
 
-    def temp_bytes(self) -> int:
-        """What the compiled step needs beside its arguments and results."""
-        return self.compiled.memory_analysis().temp_size_in_bytes
-
-    def peak_bytes(self) -> int:
-        """What the compiled step needs, and its results."""
-        return peak_bytes(self.compiled)
-
     def run(self, steps: int) -> float:
         """Seconds that ``steps`` take, from the trained parameters and a new state."""
         # Donated arrays are gone after a step, so each run starts from copies.
@@ -224,10 +208,56 @@ class Step:
         return visit
 
 
+class Steps:
+    """The steps of several contenders on one model, compiled when they are first needed."""
+
+    def __init__(self, models: Models, name: str, contenders: dict[str, Contender]):
+        self._models, self._name, self._contenders = models, name, contenders
+
+    @functools.cached_property
+    def built(self) -> dict[str, Step]:
+        """By label."""
+        model = self._models[self._name]
+        return {label: Step(model, contender) for label, contender in self._contenders.items()}
+
+    def times(self, rounds: int, window: float, seed: list[int]) -> dict[str, list[float]]:
+        """Seconds a step, of each contender and round."""
+        for step in self.built.values():
+            step.run(1)  # compiled, and its code and arrays in the caches
+        visits = {label: step.visit() for label, step in self.built.items()}
+        return interleave(visits, rounds, window, seed)
+
+    def temp_bytes(self) -> dict[str, int]:
+        """Bytes that each compiled step needs beside its arguments and results."""
+        return {
+            label: step.compiled.memory_analysis().temp_size_in_bytes
+            for label, step in self.built.items()
+        }
+
+
+def over_adam(blocks: Sequence[dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
+    """Of each contender, from blocks of rounds: seconds, and their ratio to Adam's."""
+    seconds = {label: [s for block in blocks for s in block[label]] for label in blocks[0]}
+    return {
+        label: {
+            "seconds": Spread.of(times),
+            "over_adam": paired_ratio(seconds, label, ADAM),
+            "interval": median_interval(paired_ratios(seconds, label, ADAM)),
+            "rounds": len(times),
+        }
+        for label, times in seconds.items()
+    }
+
+
 def peak_bytes(program: Any) -> int:
     """What a compiled program needs beside its arguments, its results among it."""
     memory = program.memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+
+def compiled_gradient(model: Model) -> Any:
+    """The gradient as a compiled function of (params, batch)."""
+    return jax.jit(jax.grad(model.task.loss_fn)).lower(model.params, model.batch).compile()
 
 
 def compiled_estimate(model: Model, estimator: Estimator) -> Any:

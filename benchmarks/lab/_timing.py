@@ -76,8 +76,3 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
     if below == 0:
         return None
     return float(ordered[below - 1]), float(ordered[-below])
-
-
-def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """The exponent of a power law fitted to times over sizes, in logarithms."""
-    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])

@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.lab._tables import table
 from benchmarks.moons._statistics import Interval
 from benchmarks.moons._summary import settings_epoch, verdict
 
@@ -247,17 +248,3 @@ def _signed(interval: Interval, digits: int) -> str:
     if math.isnan(interval.low):
         return text
     return f"{text} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their longest cell; the first to the left, the others to the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-
-    def show(line: Sequence[str]) -> str:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        return "  ".join(cells).rstrip()
-
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([show(header), rule, *map(show, rows)])

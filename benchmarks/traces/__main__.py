@@ -46,8 +46,8 @@ def _run(settings: TracesSettings) -> None:
     from benchmarks.lab._environment import context
     from benchmarks.lab._jobs import Models, run_jobs
     from benchmarks.lab._store import Store, save_results
-    from benchmarks.traces import _along, _gauss_newton, _gauss_newton_report, _measure
-    from benchmarks.traces import _figures as figures
+    from benchmarks.traces import _gauss_newton, _gauss_newton_report, _measure
+    from benchmarks.traces._figures import draw_work
     from benchmarks.traces._report import report
     from benchmarks.traces._summary import summarize
 
@@ -59,16 +59,16 @@ def _run(settings: TracesSettings) -> None:
 
     save = functools.partial(save_results, common.results, store.context)
     if "hessian" in settings.matrices:
-        jobs = [*_measure.jobs(common, models), *_along.jobs(common, models)]
+        jobs = list(_measure.jobs(common, models))
         summary = summarize(run_jobs(store, jobs, "benchmarks.traces"), models)
         save("results", summary, report(summary))
-        figures.draw_all(common.results, summary)
+        draw_work(common.results, "work.png", summary)
     if "gauss-newton" in settings.matrices:
         jobs = list(_gauss_newton.jobs(common, models))
         outcomes = run_jobs(store, jobs, "benchmarks.traces, Gauss-Newton")
         summary = _gauss_newton_report.summarize(outcomes, models)
         save("gauss_newton", summary, _gauss_newton_report.report(summary))
-        figures.draw_work(common.results, "gauss_newton.png", summary)
+        draw_work(common.results, "gauss_newton.png", summary)
 
 
 if __name__ == "__main__":

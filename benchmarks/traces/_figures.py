@@ -1,4 +1,4 @@
-"""The pictures: accuracy against time, and errors along a training against their cost."""
+"""The picture: accuracy against time."""
 
 import functools
 import math
@@ -13,18 +13,8 @@ from benchmarks.lab._style import COLORS, MARKERS, logarithmic, save_all
 from benchmarks.traces._summary import is_peer
 
 
-def draw_all(folder: Path, summary: dict[str, Any]) -> None:
-    """Draws every picture into ``folder``."""
-    models = summary["models"]
-    figures = {"work.png": functools.partial(_work, models)}
-    along = {name: model for name, model in models.items() if "along" in model}
-    if along:
-        figures["along.png"] = functools.partial(_along, along)
-    save_all(folder, figures)
-
-
 def draw_work(folder: Path, name: str, summary: dict[str, Any]) -> None:
-    """Draws accuracy against time alone."""
+    """Draws accuracy against time."""
     save_all(folder, {name: functools.partial(_work, summary["models"])})
 
 
@@ -86,33 +76,3 @@ def _equal_work(axes: Any) -> None:
     for power in range(math.floor(works[0]), math.ceil(works[1]) + 1):
         axes.plot(x, np.sqrt(10.0**power / x), color="gray", linestyle=":", linewidth=0.8)
     axes.set(xlim=x_limits, ylim=y_limits)
-
-
-def _along(models: dict[str, Any]) -> Figure:
-    """One point a setting: what it adds to Adam's step, and the state's error."""
-    figure, panels = _axes(len(models), 5.4, 4.2)
-    for axes, model in zip(panels, models.values(), strict=True):
-        rows = model["along"]["rows"]
-        families: dict[tuple[str, str], list[Any]] = {}
-        for label, row in rows.items():
-            family, _, decay = label.split(", ")
-            families.setdefault((family, decay), []).append(row)
-        for i, ((family, decay), points) in enumerate(sorted(families.items())):
-            x = [max(1e-3, row["over_adam"] - 1) for row in points]
-            y = [row["median"] for row in points]
-            look = {"color": COLORS[i // 3 % len(COLORS)], "marker": MARKERS[i % 3]}
-            style = ("-", "--", ":")[i % 3]
-            axes.plot(x, y, label=f"{family}, {decay}", linestyle=style, **look)
-        axes.axhline(
-            model["along"]["batch"]["median"], color="gray", linewidth=1, label="exact, one batch"
-        )
-        logarithmic(axes, "xy")
-        axes.set_title(model["title"].split(",")[0])
-        axes.set(xlabel="time added to Adam's step, Adam's steps", ylabel="relative error")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    figure.suptitle(
-        "Error of state.curvature along a training, median layer; points: every 100, 10, 1 steps",
-        fontsize=11,
-    )
-    return figure

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lab._jobs import Models, Outcome
-from benchmarks.moons._report import table
+from benchmarks.lab._jobs import Models, Outcome, pick
+from benchmarks.lab._tables import table
 from benchmarks.traces._jax import EXACT, FISHER, TEN_SAMPLES
 from benchmarks.traces._report import contenders as contenders_table
 from benchmarks.traces._report import peers
@@ -27,7 +27,7 @@ def summarize(outcomes: Sequence[Outcome], models: Models) -> dict[str, Any]:
     result = {}
     for name, task in models.tasks.items():
         layers = layer_names(models[name].params)
-        blocks = [r for u, r in outcomes if u["section"] == "gauss-newton" and u["model"] == name]
+        blocks = [result for _, result in pick(outcomes, section="gauss-newton", model=name)]
         reference = _reference(outcomes, "gauss-newton", name)
         if "error" not in blocks[0][EXACT]:
             reference = None  # the exact one is the best
@@ -48,12 +48,11 @@ def summarize(outcomes: Sequence[Outcome], models: Models) -> dict[str, Any]:
 def _reference(
     outcomes: Sequence[Outcome], matrix: str, model: str
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    wanted = {"section": "reference", "matrix": matrix, "model": model}
-    parts = [result for unit, result in outcomes if wanted.items() <= unit.items()]
-    if not parts:
+    found = pick(outcomes, section="reference", matrix=matrix, model=model)
+    if not found:
         return None
-    found = merge(parts)
-    return found["mean"], std_error(found)
+    merged = merge([result for _, result in found])
+    return merged["mean"], std_error(merged)
 
 
 def report(summary: dict[str, Any]) -> str:

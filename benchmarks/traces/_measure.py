@@ -16,8 +16,14 @@ import numpy as np
 
 from benchmarks.lab._jobs import Job, Models, Settings
 from benchmarks.lab._models import Model
-from benchmarks.lab._steps import ADAM, GIVEN, Step, default_flipout, first_order
-from benchmarks.lab._timing import interleave
+from benchmarks.lab._steps import (
+    ADAM,
+    GIVEN,
+    Step,
+    compiled_gradient,
+    default_flipout,
+    first_order,
+)
 from benchmarks.lab._training import describe
 from benchmarks.traces import _jax, _torch
 from benchmarks.traces._jax import Estimate, Maker
@@ -38,8 +44,6 @@ QUICK = (
 )
 #: Steps that what an estimate costs is compared with.
 STEPS = (ADAM, GIVEN)
-#: Rounds in which these take turns by themselves, and seconds of a visit.
-STEP_ROUNDS, STEP_WINDOW = 60, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,7 @@ def rounds(quick: bool) -> Rounds:
 
 
 def jobs(settings: Settings, models: Models) -> Iterator[Job]:
-    """Units of the sections ``"traces"`` and ``"steps"``."""
+    """Units of the sections ``"compile"`` and ``"traces"``."""
     how = rounds(settings.quick)
     makers = _jax.makers() | _torch.makers()
     if settings.quick:
@@ -75,21 +79,6 @@ def jobs(settings: Settings, models: Models) -> Iterator[Job]:
         for block in range(how.blocks):
             unit = {"section": "traces", **shared, "block": block, **dataclasses.asdict(how)}
             yield Job(unit, functools.partial(contenders.measure, block))
-        count = 2 if settings.quick else STEP_ROUNDS
-        unit = {"section": "steps", "model": name, "task": describe(task), "rounds": count}
-        yield Job(
-            unit | {"seed": settings.seed},
-            functools.partial(_steps, models, name, count, settings.seed),
-        )
-
-
-def _steps(models: Models, name: str, rounds: int, seed: int) -> dict[str, list[float]]:
-    """Seconds of Adam's step and of LAMA's without an estimate, which take turns."""
-    steps = {label: Step(models[name], first_order()[label]) for label in STEPS}
-    for step in steps.values():
-        step.run(1)  # compiled, and its code and arrays in the caches
-    visits = {label: step.visit() for label, step in steps.items()}
-    return interleave(visits, rounds, STEP_WINDOW, seed)
 
 
 class Contenders:
@@ -238,5 +227,5 @@ def _step(model: Model, label: str) -> Estimate:
 
 
 def _gradient(model: Model) -> Callable[[], object]:
-    compiled = jax.jit(jax.grad(model.task.loss_fn)).lower(model.params, model.batch).compile()
-    return lambda: jax.block_until_ready(compiled(model.params, model.batch))
+    gradient = compiled_gradient(model)
+    return lambda: jax.block_until_ready(gradient(model.params, model.batch))

@@ -5,12 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lab._steps import default_flipout
+from benchmarks.lab._tables import table
 from benchmarks.lab._training import text_warning
-from benchmarks.moons._report import table
-from benchmarks.traces._jax import TEN_PROBES
 from benchmarks.traces._measure import GRADIENT, TORCH_GRADIENT
-from benchmarks.traces._summary import TELEMETRY_INTERVAL, best_peer
+from benchmarks.traces._summary import best_peer
 
 #: Ours that are held against each peer.
 SHOWN = (
@@ -38,12 +36,7 @@ def report(summary: dict[str, Any]) -> str:
     sections = []
     for model in summary["models"].values():
         sections.append(contenders(model, model["flipout"]))
-        if len(model["layers"]) > MAX_COLUMNS:
-            sections.append(_layers(model))
-        chosen = default_flipout(len(model["layers"]))
-        sections += [peers(model, SHOWN, chosen), _telemetry(model)]
-        if "along" in model:
-            sections.append(_along(model))
+        sections.append(peers(model, SHOWN, model["flipout"]))
     sections.append(NOTES)
     if "transformer" in summary["models"] and text_warning():
         sections.append(str(text_warning()))
@@ -81,21 +74,6 @@ def contenders(model: dict[str, Any], base: str) -> str:
     return "\n".join([model["title"], body, *errors])
 
 
-def _layers(model: dict[str, Any]) -> str:
-    merged = model["contenders"]
-    labels = ["hutchinson joint", TEN_PROBES, "hutchinson block", "flipout joint", "flipout block"]
-    shown = [label for label in labels if label in merged]
-    rows = [
-        [
-            name,
-            f"{model['trace'][i]:.3g}",
-            *(f"{merged[label]['sd'][i]:.3f}" for label in shown),
-        ]
-        for i, name in enumerate(model["layers"])
-    ]
-    return f"The same by layer: trace, and sd relative to it\n{table(['', 'trace', *shown], rows)}"
-
-
 def peers(model: dict[str, Any], labels: Sequence[str], chosen: str) -> str:
     """How much more work each peer needs than ours of ``labels``; ``chosen`` is summed up."""
     merged = model["contenders"]
@@ -116,41 +94,4 @@ def peers(model: dict[str, Any], labels: Sequence[str], chosen: str) -> str:
         f" {chosen}: {best[0]},\n{best[1]:.3g} times, by the smaller of its two ratios."
         " XTrace's variance falls faster than its time grows:\nits ratio holds for the number of"
         " products that it was given."
-    )
-
-
-def _telemetry(model: dict[str, Any]) -> str:
-    rows = [
-        [label, str(found["probes"]), found["worst_layer"], f"{found['over_adam']:.3f}"]
-        for label, found in model["telemetry"].items()
-    ]
-    return (
-        "Curvature telemetry: 10 % standard error in every layer,"
-        f" every {TELEMETRY_INTERVAL} steps\n"
-        + table(["estimator, decay of the average", "probes", "set by", "step over Adam's"], rows)
-        + "\nSteps over Adam's: that of LAMA without an estimate"
-        f" ({model['without_estimate'].median:.3f}, the two in turns by themselves)\n+ probes x the"
-        f" estimate's time / {TELEMETRY_INTERVAL} / the time of optax.adam's step in the rounds of"
-        " estimates.\nA decay d averages (1 + d)/(1 - d) estimates, which lag behind the training"
-        " by as many intervals."
-    )
-
-
-def _along(model: dict[str, Any]) -> str:
-    along = model["along"]
-    rows = [
-        [label, f"{row['median']:.3f}", f"{row['worst']:.3f}", f"{row['over_adam']:.2f}"]
-        for label, row in along["rows"].items()
-    ]
-    batch = along["batch"]
-    rows.append(
-        ["the step's batch, exactly", f"{batch['median']:.3f}", f"{batch['worst']:.3f}", ""]
-    )
-    header = ["", "median layer", "worst layer", "step over Adam's"]
-    return (
-        f"Error of state.curvature along {along['steps']} steps of Adam,"
-        " relative to the trace of the training data\n"
-        + table(header, rows)
-        + "\nRoot mean square over the training (and ten replicates where K = 1). The truth itself"
-        f" is known to\n{100 * along['truth_error']:.1f} % (median)."
     )

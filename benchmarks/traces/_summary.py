@@ -6,34 +6,27 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lab._jobs import Models, Outcome
-from benchmarks.lab._steps import ADAM, GIVEN, default_flipout
-from benchmarks.lab._timing import Spread, paired_ratio
-from benchmarks.traces._along import DECAYS, INTERVALS, NUM_PROBES, held
-from benchmarks.traces._jax import EXACT, OWN, QUARTER, TEN_PROBES
+from benchmarks.lab._jobs import Models, Outcome, pick
+from benchmarks.lab._steps import default_flipout
+from benchmarks.lab._timing import Spread
+from benchmarks.traces._jax import OWN
 from benchmarks.traces._measure import GRADIENT, STEPS, TORCH_GRADIENT, in_torch
 from lama_optax import layer_names
-
-#: A layer's standard error that telemetry is to reach, relative to its trace.
-TELEMETRY_ERROR, TELEMETRY_INTERVAL = 0.1, 100
 
 
 def summarize(outcomes: Sequence[Outcome], models: Models) -> dict[str, Any]:
     """Everything that the tables and pictures show."""
     by_model: dict[str, Any] = {}
     for name, task in models.tasks.items():
-        blocks = [r for u, r in outcomes if u["section"] == "traces" and u["model"] == name]
-        chunks = [r for u, r in outcomes if u["section"] == "along" and u["model"] == name]
+        blocks = [result for _, result in pick(outcomes, section="traces", model=name)]
         layers = layer_names(models[name].params)
-        found = contenders(blocks, len(layers))
-        by_model[name] = {"title": task.title, "layers": layers, **found}
-        by_model[name]["flipout"] = default_flipout(len(layers))
-        by_model[name]["compile"] = compile_seconds(outcomes, "hessian", name)
-        (steps,) = (r for u, r in outcomes if u["section"] == "steps" and u["model"] == name)
-        by_model[name]["without_estimate"] = paired_ratio(steps, GIVEN, ADAM)
-        by_model[name]["telemetry"] = _telemetry(by_model[name])
-        if chunks:
-            by_model[name]["along"] = _along(chunks, by_model[name])
+        by_model[name] = {
+            "title": task.title,
+            "layers": layers,
+            **contenders(blocks, len(layers)),
+            "flipout": default_flipout(len(layers)),
+            "compile": compile_seconds(outcomes, "hessian", name),
+        }
     return {"models": by_model}
 
 
@@ -44,8 +37,8 @@ def is_peer(label: str) -> bool:
 
 def compile_seconds(outcomes: Sequence[Outcome], matrix: str, model: str) -> dict[str, float]:
     """Seconds to compile the contenders of a matrix; empty where they were not measured."""
-    wanted = {"section": "compile", "matrix": matrix, "model": model}
-    return next((r for u, r in outcomes if wanted.items() <= u.items()), {})
+    found = pick(outcomes, section="compile", matrix=matrix, model=model)
+    return found[0].result if found else {}
 
 
 def contenders(
@@ -146,73 +139,3 @@ def best_peer(found: dict[str, Any]) -> tuple[str, float] | None:
     """The peer that needs least work, in the unit of time that suits it best."""
     ratios = {label: min(units.values()) for label, units in found["vs_peers"].items()}
     return min(ratios.items(), key=lambda item: item[1]) if ratios else None
-
-
-def _telemetry(model: dict[str, Any]) -> dict[str, Any]:
-    """Probes for the wanted error in every layer, and what they cost at the long interval."""
-    merged = model["contenders"]
-    adam, without = merged[ADAM]["median_seconds"], model["without_estimate"].median
-    result = {}
-    for label in ("hutchinson joint", "flipout joint", QUARTER, "flipout block", EXACT):
-        found = merged[label]
-        if "error" in found:
-            continue
-        worst = int(np.argmax(found["sd"]))
-        for decay in DECAYS:
-            # An average with this decay has the variance of so many estimates.
-            averaged = (1 + decay) / (1 - decay)
-            probes = max(1, math.ceil((found["sd"][worst] / TELEMETRY_ERROR) ** 2 / averaged))
-            cost = probes * found["median_seconds"] / TELEMETRY_INTERVAL
-            result[f"{label}, decay {decay:g}"] = {
-                "probes": probes,
-                "worst_layer": model["layers"][worst],
-                "over_adam": without + cost / adam,
-            }
-    return result
-
-
-def _along(chunks: Sequence[dict[str, Any]], model: dict[str, Any]) -> dict[str, Any]:
-    """Errors of the state's curvature for each K, interval and decay, beside their cost."""
-    samples = np.concatenate([np.asarray(chunk["samples"]) for chunk in chunks])
-    flipped = np.concatenate([np.asarray(chunk["flipout"]) for chunk in chunks])[:, None]
-    truth = {int(k): v for chunk in chunks for k, v in chunk["truth"].items()}
-    of_batch = {int(k): v for chunk in chunks for k, v in chunk["batch_truth"].items()}
-    steps = sorted(truth)
-    exact = np.asarray([truth[step]["mean"] for step in steps])
-    scale = np.sqrt(np.mean(exact**2, axis=0))
-    merged = model["contenders"]
-    adam, without = merged[ADAM]["median_seconds"], model["without_estimate"].median
-
-    def errors(values: np.ndarray) -> np.ndarray:
-        """Relative, of each layer: root mean square over steps and replicates."""
-        return np.sqrt(np.mean((values - exact[:, None]) ** 2, axis=(0, 1))) / scale
-
-    def row(estimates: np.ndarray, contender: str, interval: int, decay: float) -> dict[str, Any]:
-        found = errors(held(estimates, interval, decay)[steps])
-        seconds = merged[contender]["median_seconds"]
-        return {
-            "median": float(np.median(found)),
-            "worst": float(np.max(found)),
-            "by_layer": found,
-            "over_adam": without + seconds / interval / adam,
-        }
-
-    rows = {}
-    for interval in INTERVALS:
-        for decay in DECAYS:
-            for probes in NUM_PROBES:
-                # One replicate of ten probes, or ten of one.
-                of_k = samples if probes == 1 else samples.mean(axis=1, keepdims=True)
-                contender = "hutchinson joint" if probes == 1 else TEN_PROBES
-                label = f"K={probes}, every {interval}, decay {decay:g}"
-                rows[label] = row(of_k, contender, interval, decay)
-            label = f"flipout, every {interval}, decay {decay:g}"
-            rows[label] = row(flipped, model["flipout"], interval, decay)
-    batch = errors(np.asarray([of_batch[step]["mean"] for step in steps])[:, None])
-    truth_errors = np.asarray([truth[step]["std_error"] for step in steps], np.float64)
-    return {
-        "rows": rows,
-        "steps": len(samples),
-        "batch": {"median": float(np.median(batch)), "worst": float(np.max(batch))},
-        "truth_error": float(np.median(truth_errors / abs(exact))),
-    }

@@ -5,12 +5,15 @@ import sys
 import time
 from collections.abc import Sequence
 
-from benchmarks.moons._settings import Settings, available_cores, parse
+from benchmarks.lab._environment import available_cores
+from benchmarks.moons._settings import Settings, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the experiment; returns the exit status that ``--help`` explains."""
     settings = parse(argv)
+    # Each core a device; jax reads it when it is first imported.
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(available_cores()))
     try:
         return _run(settings)
     except KeyboardInterrupt:
@@ -19,13 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: Settings) -> int:
-    _use_all_cores()
-    # Only now: jax reads the number of devices when it is first used.
-    from tqdm import tqdm
-
-    from benchmarks.moons._experiment import number_of_blocks, run
+    from benchmarks.lab._store import save_json
+    from benchmarks.moons._experiment import run
     from benchmarks.moons._figures import draw_all
-    from benchmarks.moons._record import save_json
     from benchmarks.moons._report import diverged_by_momentum, report
     from benchmarks.moons._summary import summarize, verdict
     from benchmarks.moons._train import Trainer
@@ -36,15 +35,7 @@ def _run(settings: Settings) -> int:
         " making data, compiling, training"
     )
     trainer = Trainer(settings)
-    # disable=None: a bar for terminals, none in a file.
-    with tqdm(total=number_of_blocks(trainer), unit="block", disable=None) as bar:
-
-        def progress(what: str) -> None:
-            bar.set_postfix_str(what, refresh=False)
-            bar.update()
-
-        outcome = run(trainer, progress)
-
+    outcome = run(trainer)
     results = summarize(trainer, outcome)
     results["verdict"] = verdict(results)
     text = report(results)
@@ -55,14 +46,6 @@ def _run(settings: Settings) -> int:
     (settings.results / "results.txt").write_text(text + "\n")
     print(f"\n{text}\n\nFigures and tables are in {settings.results}/; {results['seconds']:.0f} s.")
     return 2 if diverged_by_momentum(results) else 0
-
-
-def _use_all_cores() -> None:
-    """Makes XLA show each core as a device, unless the user has said otherwise."""
-    flag = "--xla_force_host_platform_device_count"
-    flags = os.environ.get("XLA_FLAGS", "")
-    if flag not in flags and "jax" not in sys.modules:
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}={available_cores()}".strip()
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
 """The runs: all optimizers side by side, the traces' accuracy, the learning-rate grid."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from benchmarks.moons._data import Classifier, cross_entropy
 from benchmarks.moons._settings import Settings
 from benchmarks.moons._train import ARMS, History, Trainer, join
 from lama_optax import exact_trace, hutchinson, layer_curvature
-
-#: Called with the name of what was done, after each block of seeds.
-Progress = Callable[[str], object]
 
 
 class TraceAccuracy(NamedTuple):
@@ -30,7 +27,6 @@ class Grid(NamedTuple):
 
     rates: np.ndarray  # shape=(R,)
     accuracy: dict[str, np.ndarray]  # method -> shape=(R, S)
-    loss: dict[str, np.ndarray]  # method -> shape=(R, S); final, all training points
     gain: dict[str, np.ndarray]  # LAMA methods -> shape=(R, S, L); mean over the steps
     controls: dict[str, np.ndarray]  # at the paper's learning rate: label -> accuracy, shape=(S,)
 
@@ -45,37 +41,25 @@ class Outcome:
     grid: Grid | None
 
 
-def number_of_blocks(trainer: Trainer) -> int:
-    """How often `run` calls its progress function."""
-    settings = trainer.settings
-    blocks = len(ARMS) * len(trainer.blocks(settings.seeds)) + 1
-    if settings.grid:
-        per_method = len(trainer.blocks(settings.compared_grid_seeds))
-        blocks += (3 * settings.grid_points + 6) * per_method
-    return blocks
-
-
-def run(trainer: Trainer, progress: Progress) -> Outcome:
+def run(trainer: Trainer) -> Outcome:
     """Runs everything that the settings ask for."""
     settings = trainer.settings
     parts: dict[str, list[History]] = {arm: [] for arm in ARMS}
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     # Interleaved, so that a machine that slows down slows every optimizer.
-    for block in trainer.blocks(settings.seeds):
+    for block in tqdm(trainer.blocks(settings.seeds), "training", disable=None):
         for arm in ARMS:
             history, time = trainer.train_block(
                 arm, block, settings.learning_rate, settings.sensitivity
             )
             parts[arm].append(history)
             seconds[arm].append(time)
-            progress(ARMS[arm])
     histories = {arm: join(part) for arm, part in parts.items()}
 
     traces = trace_accuracy(
         trainer, {"initial": trainer.runs.params, "trained": histories["lama"].params}
     )
-    progress("traces")
-    grid = _run_grid(trainer, histories, progress) if settings.grid else None
+    grid = _run_grid(trainer, histories) if settings.grid else None
     return Outcome(histories, seconds, traces, grid)
 
 
@@ -118,7 +102,7 @@ def grid_methods(settings: Settings) -> dict[str, tuple[str, float]]:
     }
 
 
-def _run_grid(trainer: Trainer, main: dict[str, History], progress: Progress) -> Grid:
+def _run_grid(trainer: Trainer, main: dict[str, History]) -> Grid:
     settings = trainer.settings
     seeds = settings.compared_grid_seeds
     # What was trained already is not trained again.
@@ -129,23 +113,19 @@ def _run_grid(trainer: Trainer, main: dict[str, History], progress: Progress) ->
         for arm in ("adam", "lama")
     }
 
-    def train(arm: str, rate: float, sensitivity: float, label: str) -> History:
-        sensitivity = settings.sensitivity if arm == "adam" else sensitivity
-        run, histories = (arm, f"{rate:.6g}", sensitivity), []
-        for block in trainer.blocks(seeds):
-            if run not in known:
-                histories.append(trainer.train_block(arm, block, rate, sensitivity)[0])
-            progress(f"{label}, rate {rate:.2g}")
+    def train(arm: str, rate: float, sensitivity: float) -> History:
+        run = (arm, f"{rate:.6g}", settings.sensitivity if arm == "adam" else sensitivity)
         if run not in known:
-            known[run] = join(histories)
+            blocks = trainer.blocks(seeds)
+            known[run] = join([trainer.train_block(arm, b, rate, run[2])[0] for b in blocks])
         return known[run]
 
     rates = np.geomspace(settings.grid_min, settings.grid_max, settings.grid_points)
-    accuracy, loss, gain = {}, {}, {}
+    accuracy, gain = {}, {}
     for label, (arm, sensitivity) in grid_methods(settings).items():
-        column = [train(arm, rate, sensitivity, label) for rate in rates.tolist()]
+        grid = tqdm(rates.tolist(), label, disable=None)
+        column = [train(arm, rate, sensitivity) for rate in grid]
         accuracy[label] = np.stack([history.accuracy for history in column])
-        loss[label] = np.stack([history.final_loss for history in column])
         traces = [history.layers for history in column if history.layers is not None]
         if traces:
             gain[label] = np.stack([trace.gain.mean(axis=1) for trace in traces])
@@ -153,7 +133,7 @@ def _run_grid(trainer: Trainer, main: dict[str, History], progress: Progress) ->
     # Where does a gain at the paper's learning rate come from? The momentum alone ("ema": gain
     # 1), or the step size alone (Adam at the learning rate times each layer's gain)?
     rate, large = settings.learning_rate, settings.grid_sensitivity
-    layers = train("lama", rate, large, "where gains come from").layers
+    layers = train("lama", rate, large).layers
     assert layers is not None
     gains = np.sort(layers.gain.mean(axis=(0, 1)))[[0, -1]].tolist()
     runs: dict[str, tuple[str, float]] = {
@@ -162,7 +142,6 @@ def _run_grid(trainer: Trainer, main: dict[str, History], progress: Progress) ->
         f"LAMA-Adam, lambda {large:g}, gain 1 (--momentum ema)": ("lama_ema", 1.0),
     } | {f"Adam, learning rate x {gain:.2f}": ("adam", gain) for gain in gains if np.isfinite(gain)}
     controls = {
-        label: train(arm, rate * factor, large, "where gains come from").accuracy
-        for label, (arm, factor) in runs.items()
+        label: train(arm, rate * factor, large).accuracy for label, (arm, factor) in runs.items()
     }
-    return Grid(rates, accuracy, loss, gain, controls)
+    return Grid(rates, accuracy, gain, controls)

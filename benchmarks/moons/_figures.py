@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from benchmarks.lab._statistics import mean_interval
 from benchmarks.moons._data import Classifier, Runs
 from benchmarks.moons._experiment import Outcome
 from benchmarks.moons._settings import Settings
-from benchmarks.moons._statistics import mean_interval
 from benchmarks.moons._train import ARMS
 
 ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"

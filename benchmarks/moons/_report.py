@@ -5,8 +5,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.lab._statistics import Interval
 from benchmarks.lab._tables import table
-from benchmarks.moons._statistics import Interval
 from benchmarks.moons._summary import settings_epoch, verdict
 
 
@@ -123,12 +123,6 @@ def _optimizers(results: dict[str, Any]) -> str:
         )
         for name, arm in results["optimizers"].items()
     ]
-    load, cores = results["machine"]["load_average"], results["machine"]["cores"]
-    busy = (
-        f"\nOthers used this machine (load {load:.1f} on {cores} cores): the times are too long."
-        if load > 1.5 * cores
-        else ""
-    )
     epoch = settings_epoch(results["settings"])
     header = ("", "accuracy, %", "minus Adam", f"loss, ep. {epoch}", "minus Adam", "us/step")
     return (
@@ -136,7 +130,7 @@ def _optimizers(results: dict[str, Any]) -> str:
         f" {results['settings']['seeds']} seeds\n"
         + table(header, rows)
         + "\nus/step: microseconds per step and seed, all cores busy; median over blocks of seeds"
-        f"\nin which the optimizers took turns.{busy}"
+        "\nin which the optimizers took turns."
     )
 
 

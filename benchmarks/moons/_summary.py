@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.moons._experiment import Grid, Outcome, TraceAccuracy, grid_methods
-from benchmarks.moons._record import machine, versions
+from benchmarks.lab._environment import context
+from benchmarks.lab._statistics import Interval, mean_interval
+from benchmarks.moons._experiment import Grid, Outcome, TraceAccuracy
 from benchmarks.moons._settings import Settings
-from benchmarks.moons._statistics import Interval, mean_interval
 from benchmarks.moons._train import ARMS, History, Trainer
 from lama_optax import layer_names
 
@@ -30,8 +30,7 @@ def summarize(trainer: Trainer, outcome: Outcome) -> dict[str, Any]:
     return {
         # Where the results went is no setting of the experiment, and would name a directory.
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "results"},
-        "versions": versions(),
-        "machine": machine(),
+        **context(),
         "layers": names,
         "paper": PAPER,
         "optimizers": {
@@ -58,7 +57,7 @@ def _optimizer(
     adam: History,
     step_seconds: list[float],
 ) -> dict[str, Any]:
-    epoch = settings.reported_epoch - 1
+    epoch = settings_epoch(dataclasses.asdict(settings)) - 1
     result = {
         "label": ARMS[arm],
         "accuracy": mean_interval(history.accuracy),
@@ -68,13 +67,10 @@ def _optimizer(
         "loss": mean_interval(history.loss[:, epoch]),
         "loss_of_base_seed": float(history.loss[0, epoch]),
         "loss_minus_adam": mean_interval(history.loss[:, epoch] - adam.loss[:, epoch]),
-        "final_train_loss": mean_interval(history.final_loss),
         "microseconds_per_step": float(np.median(step_seconds)) * 1e6,
-        "microseconds_per_step_of_each_block": np.asarray(step_seconds) * 1e6,
         "loss_by_epoch": history.loss.mean(axis=0),
         "accuracy_by_seed": history.accuracy,
         "loss_by_seed": history.loss[:, epoch],
-        "final_train_loss_by_seed": history.final_loss,
     }
     if history.layers is not None:
         result["by_layer"] = {
@@ -83,8 +79,6 @@ def _optimizer(
                 "alpha": mean_interval(history.layers.alpha[..., i].mean(axis=1)),
                 "gain": mean_interval(history.layers.gain[..., i].mean(axis=1)),
                 "largest_momentum": float(history.layers.momentum[..., i].max()),
-                "curvature_by_epoch": history.layers.curvature[..., i].mean(axis=0),
-                "alpha_by_epoch": history.layers.alpha[..., i].mean(axis=0),
             }
             for i, name in enumerate(names)
         }
@@ -131,10 +125,8 @@ def _grid(settings: Settings, names: tuple[str, ...], grid: Grid) -> dict[str, A
         "rates": grid.rates,
         "methods": {
             label: {
-                "sensitivity": sensitivity if arm != "adam" else None,
                 "accuracy": of_rates(grid.accuracy[label]),
                 "accuracy_minus_adam": of_rates(grid.accuracy[label] - adam),
-                "final_train_loss": of_rates(grid.loss[label]),
                 "gain": {
                     name: grid.gain[label][..., i].mean(axis=1)
                     for i, name in enumerate(names)
@@ -146,7 +138,7 @@ def _grid(settings: Settings, names: tuple[str, ...], grid: Grid) -> dict[str, A
                     grid.accuracy[label][best[label], fresh] - tuned_adam
                 ),
             }
-            for label, (arm, sensitivity) in grid_methods(settings).items()
+            for label in grid.accuracy
         },
         "controls": {
             label: {
@@ -170,7 +162,6 @@ def _divergence(names: tuple[str, ...], history: History) -> dict[str, Any]:
         reached = {name: float(x) for name, x in zip(names, largest, strict=True)}
     return {
         "seeds": int(worse.sum()),
-        "seeds_with_momentum_of_1_or_more": int(unstable.sum()),
         "seeds_with_both": int((worse & unstable).sum()),
         "largest_momentum": reached,
         "median_loss_ratio": float(np.median(history.final_loss / history.initial_loss)),

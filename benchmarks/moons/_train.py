@@ -85,7 +85,7 @@ def make_optimizer(
             hvp="finite_difference" if arm == "lama_fd" else "exact",
             fd_step=settings.fd_step,
         ),
-        update_interval=settings.update_interval,
+        update_interval=1,
         momentum="ema" if arm == "lama_ema" else settings.momentum,
         max_momentum=settings.max_momentum,
         key=probe_key,

@@ -12,7 +12,7 @@ from benchmarks.lab._models import Model
 from benchmarks.traces._jax import Estimate, Maker
 
 if TYPE_CHECKING:
-    from benchmarks.lab._torch import TorchModel
+    from benchmarks.traces._torch_model import TorchModel
 
 
 def makers() -> dict[str, Maker]:
@@ -35,7 +35,7 @@ def _model(model: Model, package: str) -> "TorchModel":
     for name in ("torch", package):
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(NOT_INSTALLED)
-    from benchmarks.lab._torch import TorchModel
+    from benchmarks.traces._torch_model import TorchModel
 
     return TorchModel(model)
 
@@ -70,7 +70,7 @@ def curvlinops_diagonal(kind: str) -> Maker:
     def make(model: "TorchModel") -> Callable[[], list[float]]:
         from curvlinops import hutchinson_diag
 
-        sizes = [sum(p.numel() for p in layer) for layer in model.network.layers.values()]
+        sizes = [sum(p.numel() for p in layer) for layer in model.layers.values()]
 
         def estimate() -> list[float]:
             diagonal = hutchinson_diag(_operator(kind, model, model.parameters), 1)
@@ -94,18 +94,35 @@ def curvlinops_blocks(kind: str, method: str = "hutchinson_trace", products: int
             count = min(products, max(1, 2 * (sum(p.numel() for p in layer) // 4)))
             return float(estimator(_operator(kind, model, layer), count))
 
-        return lambda: [trace(layer) for layer in model.network.layers.values()]
+        return lambda: [trace(layer) for layer in model.layers.values()]
 
     return _in_torch("curvlinops", make)
 
 
 def backpack_diagonal() -> Maker:
-    """BackPACK's Monte-Carlo diagonal of the Gauss-Newton matrix."""
+    """BackPACK's Monte-Carlo diagonal of the Gauss-Newton matrix, one draw, summed by layer.
+
+    It squares the gradient of every example before it sums, for modules that it knows.
+    """
 
     def make(model: "TorchModel") -> Callable[[], list[float]]:
-        from benchmarks.traces import _backpack
+        from backpack import backpack, extend
+        from backpack.extensions import DiagGGNMC
+        from torch import nn
 
-        return _backpack.diagonal(model)
+        if not isinstance(model.network, nn.Sequential):
+            raise ValueError("attention and LayerNorm are not among its modules")
+        network, criterion = extend(model.network), extend(model.criterion)
+
+        def estimate() -> list[float]:
+            loss = criterion(network(model.inputs), model.targets)
+            with backpack(DiagGGNMC(mc_samples=1)), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # hooks, where no input has a gradient
+                loss.backward()
+            network.zero_grad(set_to_none=True)
+            return [sum(float(p.diag_ggn_mc.sum()) for p in own) for own in model.layers.values()]
+
+        return estimate
 
     return _in_torch("backpack", make)
 
@@ -118,7 +135,7 @@ def _pyhessian(num_probes: int) -> Callable[["TorchModel"], Callable[[], list[fl
         from pyhessian import hessian
         from pyhessian.utils import hessian_vector_product
 
-        number = {id(p): i for i, layer in enumerate(model.network.layers.values()) for p in layer}
+        number = {id(p): i for i, layer in enumerate(model.layers.values()) for p in layer}
 
         def estimate() -> list[float]:
             model.network.zero_grad(set_to_none=True)
@@ -126,7 +143,7 @@ def _pyhessian(num_probes: int) -> Callable[["TorchModel"], Callable[[], list[fl
                 warnings.simplefilter("ignore", UserWarning)  # create_graph's reference cycle
                 data = (model.inputs, model.targets)
                 found = hessian(model.network, model.criterion, data=data, cuda=False)
-            traces = [0.0] * len(model.network.layers)
+            traces = [0.0] * len(model.layers)
             for _ in range(num_probes):
                 probe = [torch.randint_like(p, high=2) * 2 - 1 for p in found.params]
                 product = hessian_vector_product(found.gradsH, found.params, probe)

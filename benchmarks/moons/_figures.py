@@ -5,23 +5,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")  # files only, no display
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from benchmarks.lab._style import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    save_all,
+)
 from benchmarks.moons._data import Classifier, Runs
 from benchmarks.moons._experiment import Outcome
 from benchmarks.moons._settings import Settings
 from benchmarks.moons._statistics import mean_interval
 from benchmarks.moons._train import ARMS
-
-ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 #: Colour and line of each optimizer.
 LINES: dict[str, dict[str, Any]] = {
@@ -30,19 +33,6 @@ LINES: dict[str, dict[str, Any]] = {
     "lama_fd": {"color": "black", "linestyle": ":"},
     "lam_weight": {"color": PURPLE, "linestyle": "-."},
     "lam_layer": {"color": GREEN},
-}
-
-STYLE: Any = {
-    "figure.dpi": 110,
-    "figure.constrained_layout.use": True,
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "lines.linewidth": 1.8,
-    "legend.frameon": False,
 }
 
 
@@ -55,11 +45,7 @@ def draw_all(settings: Settings, runs: Runs, results: dict[str, Any], outcome: O
     }
     if results["grid"] is not None:
         figures["learning_rates.png"] = lambda: _learning_rates(settings, results)
-    for name, draw in figures.items():
-        with plt.rc_context(STYLE):
-            figure = draw()
-            figure.savefig(settings.results / name)
-            plt.close(figure)
+    save_all(settings.results, figures)
 
 
 def _loss_curves(settings: Settings, outcome: Outcome) -> Figure:

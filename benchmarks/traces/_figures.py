@@ -16,7 +16,7 @@ from benchmarks.lab._style import BLUE, COLORS, VERMILLION, logarithmic, save_al
 from benchmarks.traces._summary import is_peer
 
 #: Decay of the average -> line.
-DECAYS = {"decay 0": ":", "decay 0.9": "-", "decay 0.99": "--"}
+DECAYS: dict[str, Any] = {"decay 0": ":", "decay 0.9": "-", "decay 0.99": "--"}
 #: The shares of a step between which the axis of `along` ends; what is less sits at its edge.
 LEAST_ADDED = 5e-3
 

@@ -181,7 +181,7 @@ for sensitivity, (_, history) in runs.items():
         right.plot(steps, column(f"alpha/{name}"), **look)
 left.set(xlabel="step", ylabel="curvature $H_l$ (loss per parameter squared)")
 left.set_title("Curvature of each layer, with 95 % bands", fontsize=11)
-right.set(xlabel="step", ylabel=r"factor $\alpha_l$ (1: Adam's momentum)")
+right.set(xlabel="step", ylabel=r"factor $\alpha_l$; Adam's is 1")
 right.set_title("λ = 0.01 leaves the momentum alone", fontsize=11)
 figure.legend(
     *right.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False

@@ -18,7 +18,8 @@ class Store:
 
     A line holds the unit (what was measured, with every setting that its numbers depend on), the
     ``context`` that all units share (versions and machine), the result and its digest. The same
-    unit under another context is another measurement.
+    unit under another context is another measurement, unless only this package's own version
+    differs: which code measured a line is what the commit says that brought it.
     """
 
     def __init__(self, path: Path, context: dict[str, Any]):
@@ -38,22 +39,19 @@ class Store:
             # Lines of before have none.
             if record.get("digest", digest(record["result"])) != digest(record["result"]):
                 raise ValueError(f"{path}, line {number}: the result is not that of its digest.")
-            self._results[record["id"]] = record["result"]
-
-    def identify(self, unit: Unit) -> str:
-        """A hash of the unit and its context."""
-        return digest([plain(unit), self.context])
+            self._results[_key(record["unit"], record["context"])] = record["result"]
 
     def get(self, unit: Unit) -> Any | None:
         """The unit's result, or None if it was not measured."""
-        return self._results.get(self.identify(unit))
+        return self._results.get(_key(plain(unit), self.context))
 
     def run(self, unit: Unit, measure: Callable[[], Any]) -> Any:
         """The unit's result, measured now unless it is there."""
-        key = self.identify(unit)
+        unit = plain(unit)
+        key = _key(unit, self.context)
         if key not in self._results:
             result = plain(measure())
-            record = {"id": key, "unit": plain(unit), "context": self.context, "result": result}
+            record = {"unit": unit, "context": self.context, "result": result}
             record["digest"] = digest(result)
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -61,6 +59,12 @@ class Store:
                 os.fsync(file.fileno())
             self._results[key] = result
         return self._results[key]
+
+
+def _key(unit: Unit, context: dict[str, Any]) -> str:
+    """What two lines of one measurement share: unit and context without our own version."""
+    others = {k: v for k, v in context.get("versions", {}).items() if k != "lama_optax"}
+    return digest([unit, context | {"versions": others}])
 
 
 def digest(value: Any) -> str:

@@ -203,20 +203,20 @@ plt.show()
 #
 # `allocate_bits` solves for the widths of least predicted rise within a budget. With `value_fn` it
 # measures what it chose, on the texts for choosing, and returns the uniform width if that is
-# better. The comparison is on the texts kept aside, which neither has seen.
+# better there. The comparison is on the texts kept aside, which no part of this has seen.
 
 # %%
 WIDTHS = (2, 3, 4, 5, 6, 8)
 uniform = {b: float(test_loss(rounded([b] * len(MATRICES)))) - LOSS for b in (3, 4, 5)}
 chosen, found = {}, {}
-for budget in (3.5, 4, 4.5, 5):
+for budget in (3, 3.5, 4, 4.5, 5):
     found[budget] = allocate_bits(
         curvature, params, mean_bits=budget, bits=WIDTHS, layers="leaf", value_fn=choosing_loss
     )
     chosen[budget] = float(test_loss(found[budget].params)) - LOSS
 
 print("rise in held-out loss\nmean bits  uniform  chosen  ratio")
-for budget in (4, 5):
+for budget in (3, 4, 5):
     ratio = chosen[budget] / uniform[budget]
     print(f"{budget:9d}  {uniform[budget]:.4f}   {chosen[budget]:.4f}  {ratio:.2f}")
 
@@ -245,8 +245,9 @@ plt.show()
 # ## What it does not do
 #
 # - It predicts a small step's rise. At 2 bits a layer's weights have moved by a third of their norm
-#   or more, and a quadratic says little there. `allocate_bits` does not offer a width that moves a
-#   layer by more than `max_change`, 0.4 of its norm.
+#   or more, and a quadratic says little there. `allocate_bits` does not trust a width that moves a
+#   layer by more than `max_change`, 0.4 of its norm: with `value_fn` it measures what that layer
+#   costs at that width, without it the width is not offered.
 # - It rounds to nearest and trains nothing. Methods that adjust the remaining weights, such as
 #   GPTQ, or that train with rounding get further at the same bits. They too have to be told how
 #   many bits each layer gets.

@@ -1,4 +1,4 @@
-"""One picture: the rise in loss of each way to choose bits, over that of one width for all."""
+"""Two pictures: rises predicted and measured, and what each way to choose bits costs."""
 
 import json
 from pathlib import Path
@@ -23,9 +23,44 @@ LEAST, MOST = 0.05, 20.0
 
 
 def draw_all(folder: Path) -> None:
-    """Draws the picture from ``results.json`` in the folder, into the folder."""
+    """Draws both from ``results.json`` in the folder, into the folder."""
     models = json.loads((folder / "results.json").read_text())["models"]
-    save_all(folder, {"rises.png": lambda: _rises(models)})
+    figures = {"prediction.png": lambda: _prediction(models), "rises.png": lambda: _rises(models)}
+    save_all(folder, figures)
+
+
+def _prediction(models: dict[str, Any]) -> Figure:
+    """A panel a network, a point a random configuration; a color a training."""
+    columns = min(3, len(models))
+    rows = -(-len(models) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(max(6.0, 3.3 * columns), 3 * rows + 0.6), squeeze=False
+    )
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, max(map(len, models.values()))))
+    below = False
+    for axes, (name, trainings) in zip(panels.flat, models.items(), strict=False):
+        predicted = np.asarray([training["pairs"]["predicted"] for training in trainings], float)
+        measured = np.asarray([training["pairs"]["measured"] for training in trainings], float)
+        least = predicted.min() / 2
+        for shade, x, y in zip(shades, predicted, measured, strict=False):
+            seen = y > least
+            axes.plot(x[seen], y[seen], "o", color=shade, markersize=3, alpha=0.6)
+            axes.plot(x[~seen], np.full(np.sum(~seen), least), "v", color=shade, markersize=4)
+            below |= bool(np.any(~seen))
+        axes.plot(*[[predicted.min(), predicted.max()]] * 2, color="black", linewidth=1)
+        logarithmic(axes, "xy")
+        ranks = [training["prediction"]["fisher"]["rank"] for training in trainings]
+        axes.set_title(f"{name}: rank correlation {np.median(ranks):.2f}", fontsize=10)
+    for axes in list(panels.flat)[len(models) :]:
+        axes.axis("off")
+    figure.supxlabel(
+        "rise in held-out loss, predicted from curvature; a color is a training"
+        + ("; arrows: measured below the picture" if below else ""),
+        fontsize=10,
+    )
+    figure.supylabel("measured", fontsize=10)
+    figure.suptitle("Curvature predicts what rounding costs (line: predicted = measured)")
+    return figure
 
 
 def _rises(models: dict[str, Any]) -> Figure:
@@ -44,7 +79,9 @@ def _rises(models: dict[str, Any]) -> Figure:
         medians = []
         for row, trainings in enumerate(models.values()):
             for i, way in enumerate(WAYS):
-                over = [_over_uniform(training, budget, way) for training in trainings]
+                over = _over_uniform(trainings, budget, way)
+                if not over:  # the budget is below what it is offered
+                    continue
                 y = row + 0.18 * (i - (len(WAYS) - 1) / 2)
                 for value in over:
                     _mark(axes, value, y, way, markersize=4, alpha=0.35)
@@ -71,9 +108,9 @@ def _rises(models: dict[str, Any]) -> Figure:
     return figure
 
 
-def _over_uniform(training: dict[str, Any], budget: str, way: str) -> float:
-    rises = training["choices"][budget]["rises"]
-    return float(rises[way] / rises["uniform"])
+def _over_uniform(trainings: list[Any], budget: str, way: str) -> list[float]:
+    rises = [training["choices"][budget]["rises"] for training in trainings]
+    return [float(found[way] / found["uniform"]) for found in rises if way in found]
 
 
 def _mark(axes: Axes, value: float, y: float, way: str, **look: Any) -> None:

@@ -1,78 +1,88 @@
-"""The picture: accuracy against time."""
+"""The pictures: work for the same error."""
 
 import functools
-import math
+import json
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from benchmarks.lab._style import COLORS, MARKERS, logarithmic, save_all
+from benchmarks.lab._style import BLUE, VERMILLION, logarithmic, save_all
 from benchmarks.traces._summary import is_peer
 
 
-def draw_work(folder: Path, name: str, summary: dict[str, Any]) -> None:
-    """Draws accuracy against time."""
-    save_all(folder, {name: functools.partial(_work, summary["models"])})
+def draw_all(folder: Path) -> None:
+    """Draws every picture from the results in the folder, into the folder."""
+    figures: dict[str, Any] = {}
+    for stem, picture, reference in (
+        ("results", "work.png", "hutchinson joint"),
+        ("gauss_newton", "gauss_newton.png", "fisher"),
+    ):
+        if not (folder / f"{stem}.json").exists():
+            continue
+        results = json.loads((folder / f"{stem}.json").read_text())
+        models = results["models"]
+        version = results["context"]["versions"]["lama_optax"]
+        figures[picture] = functools.partial(_work, models, reference, version)
+    save_all(folder, figures)
 
 
-def _axes(count: int, width: float, height: float) -> tuple[Figure, list[Any]]:
-    columns = min(2, count)
-    rows = math.ceil(count / columns)
-    size = (max(8.0, width * columns), height * rows)  # the legend needs room
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    for spare in axes.flat[count:]:
-        spare.axis("off")
-    return figure, list(axes.flat[:count])
-
-
-def _work(models: dict[str, Any]) -> Figure:
-    """One point a contender: time of an estimate, its error, and lines of equal work."""
-    figure, panels = _axes(len(models), 5.4, 4.4)
-    labels = sorted({k for m in models.values() for k, v in m["contenders"].items() if "sd" in v})
-    ours = [label for label in labels if not is_peer(label)]
-    looks = {}
-    for i, label in enumerate([*ours, *(k for k in labels if is_peer(k))]):
-        filled = label in ours
-        color = COLORS[i % len(COLORS)]
-        looks[label] = {
-            "marker": MARKERS[(i + i // len(COLORS)) % len(MARKERS)],
-            "color": color,
-            "linestyle": "none",
-            "markersize": 8,
-            "markerfacecolor": color if filled else "none",
-        }
-    for axes, model in zip(panels, models.values(), strict=True):
-        for label in looks:
-            found = model["contenders"].get(label, {})
-            if "sd" in found:
-                x, y = found["gradients"].median, float(np.median(found["sd"]))
-                if y > 0:
-                    axes.plot(x, y, label=label, **looks[label])
-                else:
-                    axes.axvline(x, label=f"{label}: exact", color=looks[label]["color"])
-        logarithmic(axes, "xy")
-        axes.set_title(model["title"].split(",")[0])
-        axes.set(xlabel="time of an estimate, gradients", ylabel="sd / trace, median layer")
-        _equal_work(axes)
-    handles: dict[str, Any] = {}
-    for axes in panels:
-        handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+def _work(models: dict[str, Any], reference: str, version: str) -> Figure:
+    """Time x variance of each contender over the reference's: a row each, a panel a model."""
+    of_model = {name: _relative_work(model, reference) for name, model in models.items()}
+    found = dict.fromkeys(label for works in of_model.values() for label in works)
+    # From little work to much, in the median over the models that have it.
+    labels = sorted(
+        found, key=lambda k: float(np.median([w[k] for w in of_model.values() if k in w]))
+    )
+    figure, panels = plt.subplots(
+        1,
+        len(models),
+        figsize=(3.0 + 1.9 * len(models), 0.26 * len(labels) + 1.5),
+        sharey=True,
+        squeeze=False,
+    )
+    for axes, (name, works) in zip(panels.flat, of_model.items(), strict=True):
+        known = [work for work in works.values() if work > 0]
+        edge = min(known) / 2
+        for label, work in works.items():
+            color = VERMILLION if is_peer(label) else BLUE
+            look = {"color": color, "markerfacecolor": "white" if is_peer(label) else color}
+            # Without variance: an arrow at the edge.
+            marker = "o" if work > 0 else "<"
+            axes.plot(max(work, edge), labels.index(label), marker, markersize=6, **look)
+        axes.axvline(1, color="gray", linewidth=1)
+        axes.set_xlim(edge / 1.5, max(known) * 2)
+        logarithmic(axes, "x")
+        axes.set(title=name)
+    panels.flat[0].set_yticks(range(len(labels)), labels)
+    panels.flat[0].invert_yaxis()
+    handles = [
+        Line2D([], [], color=BLUE, marker="o", linestyle="none", label=f"lama_optax {version}"),
+        Line2D([], [], color=BLUE, marker="<", linestyle="none", label="exact: no error"),
+        Line2D(
+            [], [], color=VERMILLION, marker="o", markerfacecolor="white", linestyle="none",
+            label="another library",
+        ),
+    ]  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     figure.suptitle(
-        "Accuracy and time of an estimate (filled: lama_optax; dotted: equal time x variance)",
+        f"{labels[0]} needs least work for the same error\n"
+        f"work: time x variance of the median layer, over that of {reference}",
         fontsize=11,
     )
     return figure
 
 
-def _equal_work(axes: Any) -> None:
-    """Along a dotted line a point is as good as any other: twice the time, half the variance."""
-    x_limits, y_limits = axes.get_xlim(), axes.get_ylim()
-    x = np.asarray(x_limits)
-    works = np.log10([x_limits[0] * y_limits[0] ** 2, x_limits[1] * y_limits[1] ** 2])
-    for power in range(math.floor(works[0]), math.ceil(works[1]) + 1):
-        axes.plot(x, np.sqrt(10.0**power / x), color="gray", linestyle=":", linewidth=0.8)
-    axes.set(xlim=x_limits, ylim=y_limits)
+def _relative_work(model: dict[str, Any], reference: str) -> dict[str, float]:
+    """In gradients of each framework, so that their own speed is no part of it."""
+
+    def work(found: dict[str, Any]) -> np.ndarray:
+        return found["gradients"]["median"] * np.square(np.asarray(found["sd"], float))
+
+    contenders = {k: v for k, v in model["contenders"].items() if v.get("sd") is not None}
+    base = work(contenders[reference])
+    return {label: float(np.median(work(found) / base)) for label, found in contenders.items()}

@@ -1,7 +1,5 @@
 """Measures, prints the tables, writes the pictures: the door of `python -m benchmarks.cost`."""
 
-import argparse
-import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -9,15 +7,7 @@ from collections.abc import Sequence
 from benchmarks.lab._jobs import Models, Settings, common_settings, finish, parser
 
 
-@dataclasses.dataclass(frozen=True)
-class CostSettings:
-    """The common settings, and what to measure."""
-
-    common: Settings
-    only: str | None
-
-
-def parse(argv: Sequence[str] | None = None) -> CostSettings:
+def parse(argv: Sequence[str] | None = None) -> tuple[Settings, str | None]:
     """Reads the command line; a wrong option ends the program with a message that names it."""
     command_line = parser(
         "benchmarks.cost",
@@ -30,17 +20,17 @@ def parse(argv: Sequence[str] | None = None) -> CostSettings:
         default=None,
         help="measure only LAMA's and others' steps, or only track_curvature's (default: both)",
     )
-    options: argparse.Namespace = command_line.parse_args(argv)
-    return CostSettings(common_settings(command_line, options), options.only)
+    options = command_line.parse_args(argv)
+    return common_settings(command_line, options), options.only
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is not measured yet and reports on all; returns the exit status."""
-    settings = parse(argv)
-    return finish(lambda: _run(settings))
+    settings, only = parse(argv)
+    return finish(lambda: _run(settings, only))
 
 
-def _run(settings: CostSettings) -> None:
+def _run(settings: Settings, only: str | None) -> None:
     import jax
 
     from benchmarks.cost import _steps, _tracking
@@ -53,19 +43,18 @@ def _run(settings: CostSettings) -> None:
 
     # Compile times are of compilations.
     jax.config.update("jax_enable_compilation_cache", False)
-    common = settings.common
-    models = Models(common)
-    store = Store(common.results / "measurements.jsonl", context())
+    models = Models(settings)
+    store = Store(settings.results / "measurements.jsonl", context())
 
-    save = functools.partial(save_results, common.results, store.context)
-    if settings.only != "tracking":
-        jobs = list(_steps.jobs(common, models))
+    save = functools.partial(save_results, settings.results, store.context)
+    if only != "tracking":
+        jobs = list(_steps.jobs(settings, models))
         outcomes = run_jobs(store, jobs, "benchmarks.cost")
-        summary = summarize(outcomes, models, common.quick)
+        summary = summarize(outcomes, models, settings.quick)
         save("results", summary, report(summary))
-        draw_all(common.results)
-    if settings.only != "steps":
-        jobs = list(_tracking.jobs(common, models))
+        draw_all(settings.results)
+    if only != "steps":
+        jobs = list(_tracking.jobs(settings, models))
         outcomes = run_jobs(store, jobs, "benchmarks.cost, track_curvature")
         summary = tracking.summarize(outcomes, models)
         save("tracking", summary, tracking.report(summary))

@@ -1,24 +1,13 @@
 """Measures, prints the tables, writes the pictures: the door of `python -m benchmarks.traces`."""
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
 
 from benchmarks.lab._jobs import Settings, common_settings, finish, parser
 
-MATRICES = ("hessian", "gauss-newton")
 
-
-@dataclasses.dataclass(frozen=True)
-class TracesSettings:
-    """The common settings, and the matrices whose traces are estimated."""
-
-    common: Settings
-    matrices: tuple[str, ...]
-
-
-def parse(argv: Sequence[str] | None = None) -> TracesSettings:
+def parse(argv: Sequence[str] | None = None) -> tuple[Settings, str | None]:
     """Reads the command line; a wrong option ends the program with a message that names it."""
     command_line = parser(
         "benchmarks.traces",
@@ -27,20 +16,22 @@ def parse(argv: Sequence[str] | None = None) -> TracesSettings:
         "results/traces",
     )
     command_line.add_argument(
-        "--matrix", choices=MATRICES, default=None, help="whose traces (default: both)"
+        "--matrix",
+        choices=("hessian", "gauss-newton"),
+        default=None,
+        help="whose traces (default: both)",
     )
     options = command_line.parse_args(argv)
-    matrices = MATRICES if options.matrix is None else (options.matrix,)
-    return TracesSettings(common_settings(command_line, options), matrices)
+    return common_settings(command_line, options), options.matrix
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is not measured yet and reports on all; returns the exit status."""
-    settings = parse(argv)
-    return finish(lambda: _run(settings))
+    settings, matrix = parse(argv)
+    return finish(lambda: _run(settings, matrix))
 
 
-def _run(settings: TracesSettings) -> None:
+def _run(settings: Settings, matrix: str | None) -> None:
     import jax
 
     from benchmarks.lab._environment import context
@@ -53,21 +44,20 @@ def _run(settings: TracesSettings) -> None:
 
     # Compile times are of compilations.
     jax.config.update("jax_enable_compilation_cache", False)
-    common = settings.common
-    models = Models(common)
-    store = Store(common.results / "measurements.jsonl", context())
+    models = Models(settings)
+    store = Store(settings.results / "measurements.jsonl", context())
 
-    save = functools.partial(save_results, common.results, store.context)
-    if "hessian" in settings.matrices:
-        jobs = list(_measure.jobs(common, models))
+    save = functools.partial(save_results, settings.results, store.context)
+    if matrix != "gauss-newton":
+        jobs = list(_measure.jobs(settings, models))
         summary = summarize(run_jobs(store, jobs, "benchmarks.traces"), models)
         save("results", summary, report(summary))
-    if "gauss-newton" in settings.matrices:
-        jobs = list(_gauss_newton.jobs(common, models))
+    if matrix != "hessian":
+        jobs = list(_gauss_newton.jobs(settings, models))
         outcomes = run_jobs(store, jobs, "benchmarks.traces, Gauss-Newton")
         summary = _gauss_newton_report.summarize(outcomes, models)
         save("gauss_newton", summary, _gauss_newton_report.report(summary))
-    draw_all(common.results)
+    draw_all(settings.results)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,16 @@ from benchmarks.lab._statistics import Interval
 from benchmarks.lab._tables import table
 from benchmarks.moons._summary import settings_epoch, verdict
 
+#: What the table of traces shows of each layer -> its words.
+TRACE_COLUMNS = {
+    "exact_trace": "true H",
+    "exact_hvp": "exact",
+    "finite_difference": "finite d.",
+    "exact_hvp_rms_error": "error, exact",
+    "finite_difference_rms_error": "error, finite d.",
+    "rms_between_the_two": "apart",
+}
+
 
 def report(results: dict[str, Any]) -> str:
     """All tables, in the order in which their questions arise."""
@@ -62,38 +72,25 @@ def _paper(results: dict[str, Any]) -> str:
     settings, arms, paper = results["settings"], results["optimizers"], results["paper"]
     seeds, epoch = settings["seeds"], settings_epoch(settings)
     adam, lama = arms["adam"], arms["lama"]
-    paper_row = "  the paper, one seed"
+    of_paper = "  the paper, one seed"
     if epoch != settings["loss_epoch"]:
-        paper_row += f", epoch {settings['loss_epoch']}"
+        of_paper += f", epoch {settings['loss_epoch']}"
     rows: list[Sequence[str]] = []
     for title, key, digits in (
         ("test accuracy, %", "accuracy", 2),
         (f"training loss, epoch {epoch}", "loss", 4),
     ):
-        base = f"{key}_of_base_seed"
-        paper_adam, paper_lama = paper["adam"][key], paper["lama"][key]
+
+        def row(label: str, one: float, other: float, digits: int) -> list[str]:
+            return [label, *(f"{x:.{digits}f}" for x in (one, other)), f"{other - one:+.{digits}f}"]
+
+        one, other = (arm[f"{key}_of_base_seed"] for arm in (adam, lama))
+        means = row(f"  here, mean of {seeds} seeds", adam[key].mean, lama[key].mean, digits)
         rows += [
-            (title, "", "", ""),
-            (
-                paper_row,
-                f"{paper_adam:.2f}",
-                f"{paper_lama:.2f}",
-                f"{paper_lama - paper_adam:+.2f}",
-            ),
-            (
-                f"  here, seed {settings['base_seed']}",
-                f"{adam[base]:.{digits}f}",
-                f"{lama[base]:.{digits}f}",
-                f"{lama[base] - adam[base]:+.{digits}f}",
-            ),
-            (
-                f"  here, mean of {seeds} seeds",
-                f"{adam[key].mean:.{digits}f}",
-                f"{lama[key].mean:.{digits}f}",
-                "diverged"
-                if results["divergence"]["lama"]["seeds"]
-                else _signed(lama[f"{key}_minus_adam"], digits + 1),
-            ),
+            [title, "", "", ""],
+            row(of_paper, paper["adam"][key], paper["lama"][key], 2),
+            row(f"  here, seed {settings['base_seed']}", one, other, digits),
+            [*means[:3], _minus_adam(results, "lama", key, digits + 1)],
         ]
     header = ("", "Adam", "LAMA-Adam", "difference [95 % interval, paired]")
     return (
@@ -104,21 +101,20 @@ def _paper(results: dict[str, Any]) -> str:
     )
 
 
-def _optimizers(results: dict[str, Any]) -> str:
-    def minus_adam(name: str, key: str, digits: int) -> str:
-        if name == "adam":
-            return ""
-        if results["divergence"][name]["seeds"]:
-            return "diverged"
-        return _signed(results["optimizers"][name][f"{key}_minus_adam"], digits)
+def _minus_adam(results: dict[str, Any], name: str, key: str, digits: int) -> str:
+    if results["divergence"][name]["seeds"]:
+        return "diverged"
+    return _signed(results["optimizers"][name][f"{key}_minus_adam"], digits)
 
+
+def _optimizers(results: dict[str, Any]) -> str:
     rows = [
         (
             arm["label"],
             f"{arm['accuracy'].mean:.2f}",
-            minus_adam(name, "accuracy", 2),
+            "" if name == "adam" else _minus_adam(results, name, "accuracy", 2),
             f"{arm['loss'].mean:.4f}",
-            minus_adam(name, "loss", 4),
+            "" if name == "adam" else _minus_adam(results, name, "loss", 4),
             f"{arm['microseconds_per_step']:.1f}",
         )
         for name, arm in results["optimizers"].items()
@@ -159,20 +155,12 @@ def _layers(results: dict[str, Any]) -> str:
 
 def _traces(results: dict[str, Any]) -> str:
     rows = [
-        (
-            f"{name}, {when} parameters",
-            f"{errors['exact_trace']:.5f}",
-            f"{errors['exact_hvp']:.5f}",
-            f"{errors['finite_difference']:.5f}",
-            f"{errors['exact_hvp_rms_error']:.5f}",
-            f"{errors['finite_difference_rms_error']:.5f}",
-            f"{errors['rms_between_the_two']:.5f}",
-        )
+        (f"{name}, {when} parameters", *(f"{errors[key]:.5f}" for key in TRACE_COLUMNS))
         for when, by_layer in results["traces"].items()
         for name, errors in by_layer.items()
     ]
     settings = results["settings"]
-    header = ("", "true H", "exact", "finite d.", "error, exact", "error, finite d.", "apart")
+    header = ("", *TRACE_COLUMNS.values())
     return (
         f"Exact Hessian-vector products and finite differences (delta {settings['fd_step']:g}),"
         f" K = {settings['probes']}, float32\n"

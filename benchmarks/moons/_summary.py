@@ -27,14 +27,21 @@ def summarize(trainer: Trainer, outcome: Outcome) -> dict[str, Any]:
     first_seed = jax.tree.map(lambda a: a[0], trainer.runs.params)
     names = layer_names(first_seed)
     adam = outcome.histories["adam"]
+    of_run = dataclasses.asdict(settings)
+    # Where the results went is no setting of the experiment, and would name a directory.
+    del of_run["results"]
+    epoch = settings_epoch(of_run) - 1
     return {
-        # Where the results went is no setting of the experiment, and would name a directory.
-        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "results"},
+        "settings": of_run,
         **context(),
         "layers": names,
         "paper": PAPER,
         "optimizers": {
-            arm: _optimizer(settings, names, arm, history, adam, outcome.step_seconds[arm])
+            arm: {
+                "label": ARMS[arm],
+                **_optimizer(epoch, names, history, adam),
+                "microseconds_per_step": float(np.median(outcome.step_seconds[arm])) * 1e6,
+            }
             for arm, history in outcome.histories.items()
         },
         "curvature_order": _curvature_order(outcome.histories["lama"]),
@@ -50,16 +57,9 @@ def summarize(trainer: Trainer, outcome: Outcome) -> dict[str, Any]:
 
 
 def _optimizer(
-    settings: Settings,
-    names: tuple[str, ...],
-    arm: str,
-    history: History,
-    adam: History,
-    step_seconds: list[float],
+    epoch: int, names: tuple[str, ...], history: History, adam: History
 ) -> dict[str, Any]:
-    epoch = settings_epoch(dataclasses.asdict(settings)) - 1
     result = {
-        "label": ARMS[arm],
         "accuracy": mean_interval(history.accuracy),
         "accuracy_of_base_seed": float(history.accuracy[0]),
         "accuracy_minus_adam": mean_interval(history.accuracy - adam.accuracy),
@@ -67,19 +67,15 @@ def _optimizer(
         "loss": mean_interval(history.loss[:, epoch]),
         "loss_of_base_seed": float(history.loss[0, epoch]),
         "loss_minus_adam": mean_interval(history.loss[:, epoch] - adam.loss[:, epoch]),
-        "microseconds_per_step": float(np.median(step_seconds)) * 1e6,
         "loss_by_epoch": history.loss.mean(axis=0),
         "accuracy_by_seed": history.accuracy,
         "loss_by_seed": history.loss[:, epoch],
     }
     if history.layers is not None:
+        means = {k: getattr(history.layers, k).mean(axis=1) for k in ("curvature", "alpha", "gain")}
         result["by_layer"] = {
-            name: {
-                "curvature": mean_interval(history.layers.curvature[..., i].mean(axis=1)),
-                "alpha": mean_interval(history.layers.alpha[..., i].mean(axis=1)),
-                "gain": mean_interval(history.layers.gain[..., i].mean(axis=1)),
-                "largest_momentum": float(history.layers.momentum[..., i].max()),
-            }
+            name: {k: mean_interval(values[:, i]) for k, values in means.items()}
+            | {"largest_momentum": float(history.layers.momentum[..., i].max())}
             for i, name in enumerate(names)
         }
     return result
@@ -183,19 +179,13 @@ def verdict(results: dict[str, Any]) -> str:
             f"One seed cannot tell LAMA-Adam ({accuracy.mean:+.2f} points) from chance, here or in"
             " the paper: run more with --seeds."
         )
+    word = "better" if accuracy.mean > 0 else "worse"
+    what = f"With these settings and this learning rate LAMA-Adam classifies {word} than Adam"
     if accuracy.holds_zero:
-        what = (
-            f"With these settings LAMA-Adam's accuracy cannot be told from Adam's"
-            f" ({accuracy.mean:+.3f} points, 95 % interval {accuracy.low:+.3f} to"
-            f" {accuracy.high:+.3f})"
-        )
-    else:
-        word = "better" if accuracy.mean > 0 else "worse"
-        what = (
-            f"With these settings and this learning rate LAMA-Adam classifies {word} than Adam"
-            f" ({accuracy.mean:+.3f} points, 95 % interval {accuracy.low:+.3f} to"
-            f" {accuracy.high:+.3f})"
-        )
+        what = "With these settings LAMA-Adam's accuracy cannot be told from Adam's"
+    what += (
+        f" ({accuracy.mean:+.3f} points, 95 % interval {accuracy.low:+.3f} to {accuracy.high:+.3f})"
+    )
     share = 100 * abs(loss.mean) / adam_loss
     if loss.holds_zero:
         then = "its loss cannot be told from Adam's either"

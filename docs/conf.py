@@ -30,6 +30,7 @@ extlinks = {"source": (f"{SOURCE}/blob/main/%s", "%s")}
 myst_enable_extensions = ["attrs_inline", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
+nb_render_image_options = {"alt": "The picture that the code above it draws"}
 
 autodoc_typehints = "none"  # Args say the types in words, with shapes and units
 autodoc_preserve_defaults = True
@@ -40,6 +41,7 @@ python_maximum_signature_line_length = 88
 html_theme = "furo"  # its fonts are the reader's: nothing is loaded from elsewhere
 html_title = f"lama_optax {release}"
 html_copy_source = False
+html_domain_indices = False  # the one of modules would repeat the API page
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 copybutton_only_copy_prompt_lines = True

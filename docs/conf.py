@@ -4,6 +4,8 @@ import importlib.util
 import tomllib
 from pathlib import Path
 
+from docutils import nodes
+
 import lama_optax
 
 ROOT = Path(__file__).parents[1]
@@ -50,3 +52,15 @@ copybutton_only_copy_prompt_lines = True
 _mathjax = importlib.util.find_spec("sphinx-mathjax-offline").submodule_search_locations[0]
 html_static_path = [f"{_mathjax}/static/mathjax/tex-svg.js"]
 mathjax_path = "tex-svg.js"
+
+
+def setup(app):
+    """Registers what is below."""
+    app.connect("doctree-read", without_last_lines)
+
+
+def without_last_lines(app, doctree):
+    """Cuts the empty line at which a doctest's output ends: a reader need not see it."""
+    for block in doctree.findall(nodes.literal_block):
+        block.rawsource = block.astext().rstrip()
+        block.children = [nodes.Text(block.rawsource)]

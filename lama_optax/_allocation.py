@@ -75,9 +75,10 @@ class Table(NamedTuple):
         if least > budget:
             weights = max(1, int(self.counts.sum()))
             raise ValueError(
-                f"the budget is {budget / weights:.3g} bits a weight, and what is offered begins at"
-                f" {least / weights:.3g}: a layer has no width at which its prediction is trusted"
-                " (max_change) or its curvature is known. Raise the budget or max_change."
+                f"the budget is {budget / weights:.4g} bits a weight, and what is offered begins at"
+                f" {least / weights:.4g}: a layer has no width at which its prediction is trusted"
+                " (max_change) or its curvature is known. Pass value_fn, by which such widths are"
+                " measured, or raise the budget."
             )
         one = np.kron(np.eye(shape[0]), np.ones(shape[1]))
         scale = max(float(np.max(costs)), 1e-300)
@@ -112,23 +113,37 @@ class Table(NamedTuple):
         return tuple(dict.fromkeys(points))
 
 
-def corrections(
-    table: Table, costs: np.ndarray, chosen: np.ndarray, rise: Callable[[np.ndarray], float]
-) -> np.ndarray:
-    """Measured over predicted rise of each layer alone, (L, 1), within a factor of three.
+class Alone:
+    """The rise that each layer causes alone, as measured: over that of all at the largest width."""
 
-    "Alone" is against all others at the largest width, whose own rise is taken off.
-    """
-    top = np.full(len(table.counts), len(table.widths) - 1)
-    base = rise(top)
-    factors = np.ones((len(table.counts), 1))
-    for row in table.rows[table.used]:
-        predicted = costs[row, chosen[row]] - costs[row, -1]
-        if predicted > 0:
-            alone = top.copy()
-            alone[row] = chosen[row]
-            factors[row] = np.clip((rise(alone) - base) / predicted, 1 / 3, 3)
-    return factors
+    def __init__(self, table: Table, costs: np.ndarray, rise: Callable[[np.ndarray], float]):
+        self.table, self.costs, self._rise = table, costs, rise
+        self._top = np.full(len(table.counts), len(table.widths) - 1)
+        self._base = rise(self._top)
+
+    def _of(self, row: int, column: int) -> float:
+        choice = self._top.copy()
+        choice[row] = column
+        return self._rise(choice) - self._base
+
+    def beyond_trust(self, known: np.ndarray) -> tuple[Table, np.ndarray]:
+        """What is not trusted is offered at what it costs, but at no less than was predicted."""
+        open_to = known & self.table.used
+        costs, offered = self.costs.copy(), self.table.offered.copy()
+        for row, column in np.argwhere(~offered & open_to[:, None]).tolist():
+            costs[row, column] = max(costs[row, column], self._of(row, column) + costs[row, -1])
+            offered[row, column] = np.isfinite(costs[row, column])
+        return self.table._replace(offered=offered), np.where(np.isfinite(costs), costs, 0.0)
+
+    def corrections(self, chosen: np.ndarray) -> np.ndarray:
+        """(L, W), measured over predicted where a trusted width was chosen: within threefold."""
+        factors = np.ones(self.costs.shape)
+        for row in self.table.rows[self.table.used]:
+            predicted = self.costs[row, chosen[row]] - self.costs[row, -1]
+            if predicted > 0 and self.table.offered[row, chosen[row]]:
+                factor = np.clip(self._of(row, chosen[row]) / predicted, 1 / 3, 3)
+                factors[row, self.table.offered[row]] = factor
+        return factors
 
 
 def squared_change(layers: Layers, params: PyTree, changed: PyTree) -> np.ndarray:

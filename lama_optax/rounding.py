@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lama_optax._allocation import Point, Table, corrections, squared_change
+from lama_optax._allocation import Alone, Point, Table, squared_change
 from lama_optax.curvature.protocol import LayerCurvature
 from lama_optax.layers import Layers, LayerSpec, resolve_layers
 
@@ -94,7 +94,9 @@ class BitAllocation:
 
     bits: dict[str, int]  #: layer -> width; layers that `quantize` leaves alone are absent
     params: PyTree  #: the rounded parameters
-    increase: float  #: predicted rise of the loss, of the layers whose curvature is known
+    #: Predicted rise of the loss, of the layers whose curvature is known; of widths that are not
+    #: trusted, measured.
+    increase: float
     std_error: float | None  #: of it, from the curvature's; None where that is not known
     mean_bits: float  #: a weight's, over the arrays that are rounded
     size_bytes: int  #: of these arrays, without their scales
@@ -124,13 +126,14 @@ def allocate_bits(
       that} \quad \sum_l N_l b_l \le \text{budget}
 
     It is solved exactly, as an integer program. The prediction is a quadratic, and a layer at too
-    few bits has left its reach: a width is offered only where it changes the layer's weights by at
-    most ``max_change`` of their norm.
+    few bits has left its reach: a width is trusted only where it changes the layer's weights by at
+    most ``max_change`` of their norm. What is not trusted is not offered.
 
-    With ``value_fn`` the choice is verified. Each layer is rounded alone, a prediction that was off
-    is corrected by what was measured, at most threefold, and the choice is made again. What
-    measures least is returned: the first choice, the corrected one, or one width for all. That
-    takes one evaluation of ``value_fn`` a layer and five more.
+    With ``value_fn`` what is not trusted is measured instead, each layer rounded alone, and the
+    choice is verified: a prediction that was off is corrected by what was measured, at most
+    threefold, and the choice is made again. What measures least is returned: the first choice, the
+    corrected one, or one width for all. That takes one evaluation of ``value_fn`` for each layer
+    and width that is not trusted, one more a layer and five more.
 
     Args:
       curvature: of ``params``, from `layer_curvature` or `layer_report`. Layers whose curvature is
@@ -149,7 +152,8 @@ def allocate_bits(
       A `BitAllocation`.
 
     Raises:
-      ValueError: for an argument that is not allowed, or a budget below what is offered.
+      ValueError: for an argument that is not allowed, or a budget below what is offered: then pass
+        ``value_fn``.
 
     References:
       As `loss_increase`.
@@ -173,13 +177,15 @@ def allocate_bits(
     budget = _budget(mean_bits, size_bytes, table)
     known = np.isfinite(mean) & (mean > 0)
     costs = np.where(known[:, None], mean[:, None] * table.squares / 2, 0.0)
-    chosen = table.solve(costs, budget, known)
 
     def tree(choice: np.ndarray) -> PyTree:
         return _choose(partition, params, rounded, [widths[i] for i in choice])
 
+    trusted = table.offered
     measured: dict[str, float | None] | None = None
-    if value_fn is not None:
+    if value_fn is None:
+        chosen = table.solve(costs, budget, known)
+    else:
         loss = jax.jit(lambda p: jnp.asarray(value_fn(p)))
         base = float(loss(params))
         if not np.isfinite(base):
@@ -189,18 +195,20 @@ def allocate_bits(
             found = float(loss(tree(choice))) - base
             return found if np.isfinite(found) else np.inf
 
-        candidates: dict[str, np.ndarray | None] = {"predicted": chosen}
-        candidates["corrected"] = table.solve(
-            costs * corrections(table, costs, chosen, rise), budget, known
-        )
-        candidates["uniform"] = table.uniform(budget)
-        found = {name: rise(c) for name, c in candidates.items() if c is not None}
-        measured = {name: found.get(name) for name in candidates}
-        best = candidates[min(found, key=found.__getitem__)]
-        assert best is not None
-        chosen = best
+        alone = Alone(table, costs, rise)
+        table, costs = alone.beyond_trust(known)
+        first = table.solve(costs, budget, known)
+        corrected = table.solve(costs * alone.corrections(first), budget, known)
+        candidates = {"predicted": first, "corrected": corrected}
+        if (uniform := table.uniform(budget)) is not None:
+            candidates["uniform"] = uniform
+        found = {name: rise(choice) for name, choice in candidates.items()}
+        measured = {name: found.get(name) for name in ("predicted", "corrected", "uniform")}
+        chosen = candidates[min(found, key=found.__getitem__)]
     rows, used = table.rows, table.used
-    errors = np.where(known, error, 0.0) * table.squares[rows, chosen] / 2
+    # What was measured has no error of the curvature's.
+    predicted = known & trusted[rows, chosen]
+    errors = np.where(predicted, error, 0.0) * table.squares[rows, chosen] / 2
     total_error = float(np.sqrt(np.sum(errors**2)))
     size = int(table.size(chosen))
     return BitAllocation(

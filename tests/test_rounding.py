@@ -120,6 +120,21 @@ def test_width_beyond_trust_is_not_offered(params):
         allocate_bits(report, params, mean_bits=2.5)
 
 
+def test_width_beyond_trust_is_measured_where_it_can_be(params):
+    """Two bits cost the layer b nothing, and the others far more than the quadratic says."""
+
+    def value_fn(p):
+        change = {name: p[name]["kernel"] - params[name]["kernel"] for name in params}
+        return sum(jnp.sum(jnp.abs(change[name]) > 0.3) for name in "ac").astype(jnp.float32)
+
+    report = _report(a=1e-3, b=1e-6, c=1e-3)
+    assert allocate_bits(report, params, mean_bits=3).bits == {"a": 3, "b": 3, "c": 3}
+    found = allocate_bits(report, params, mean_bits=3, bits=(2, 3, 4), value_fn=value_fn)
+    assert found.bits["b"] == 2
+    assert 4 in found.bits.values()
+    assert found.measured["predicted"] < found.measured["uniform"]
+
+
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), -1.0, 0.0])
 def test_unknown_curvature_is_named_and_has_most_bits(params, bad):
     found = allocate_bits(_report(a=1.0, b=bad, c=1.0), params, mean_bits=6, bits=WIDTHS)

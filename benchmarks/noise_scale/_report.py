@@ -44,7 +44,8 @@ def _tracked(runs: Sequence[Outcome]) -> list[dict[str, Any]]:
             for way in ("signs", "groups"):
                 report = row[way]
                 # Where the interval has no end, the report says that the ratio is not known.
-                found[way] = report["noise_scale"]
+                found[way], error = report["noise_scale"], report["std_error"]
+                found[f"{way} error"] = None if error is None else error / found[way]
                 found[f"{way} covers"] = (
                     (report["at_least"] or 0) <= row["true"] <= (report["at_most"] or np.inf)
                 )
@@ -152,13 +153,17 @@ def _tracked_table(rows: list[dict[str, Any]]) -> str:
             within = int(((ratio <= FACTOR) & (ratio >= 1 / FACTOR)).sum())
             line[title] = f"{ratio.median():.2f}" if known else "not known"
             line[f"{title}, within"] = f"{within} of {known}"
+            if way != "raw":
+                error = near[f"{way} error"].astype(float).median()
+                line[f"{title}, error"] = f"{error:.2f}" if known else "-"
         lines.append(line)
-    covered = {way: frame[f"{way} covers"].mean() for way in ("signs", "groups")}
     text = pd.DataFrame(lines).to_string(index=False)
+    covered = [f"{100 * frame[f'{way} covers'].mean():.0f} %" for way in ("signs", "groups")]
     return (
-        f"Tracked over true noise scale, after the first fifth of training; within: a factor of"
-        f" {FACTOR}, of those that are known\n{text}\nThe 95 % interval holds the truth in"
-        f" {100 * covered['signs']:.0f} % (signs) and {100 * covered['groups']:.0f} % (groups) of"
+        "Tracked over true noise scale, after the first fifth of training\n"
+        f"within: a factor of {FACTOR}, of those that are known; error: the standard error that is"
+        f" reported, over the noise scale; medians\n{text}\n"
+        f"The 95 % interval holds the truth in {covered[0]} (signs) and {covered[1]} (groups) of"
         f" {len(frame)}."
     )
 

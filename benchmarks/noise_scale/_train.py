@@ -1,6 +1,7 @@
 """One training run: steps to each loss, and the noise scale as it is tracked and as it is."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ class Carry(NamedTuple):
     signs: Any
     groups: Any
     raw: jax.Array  # shape=(2,); averages of s and m
-    step: jax.Array
+    rate: jax.Array
 
 
 def run(workload: Workload, batch: int, rate: float, seed: int, true: bool) -> dict[str, Any]:
@@ -38,30 +39,9 @@ def run(workload: Workload, batch: int, rate: float, seed: int, true: bool) -> d
       true: whether the exact noise scale is measured where a target is reached: the geometric
         mean over the last four looks.
     """
-    tx = optax.adam(workload.rate(batch, rate), b2=0.99)
-    signs, groups = track_noise_scale(update_interval=10, key=seed), track_noise_scale(decay=0.98)
+    start_at, chunk, loss_of = _compiled(workload, batch)
     params = workload.init(seed)
-    zero = jnp.zeros([], jnp.int32)
-    carry = Carry(
-        params, tx.init(params), signs.init(params), groups.init(params), jnp.zeros(2), zero
-    )
-
-    def step(carry: Carry, places: jax.Array) -> tuple[Carry, None]:
-        examples = workload.batch(places)
-        grouped = grouped_value_and_grad(workload.loss, GROUPS)
-        _, gradient, each = grouped(carry.params, examples)
-        task = workload.task(examples)
-        _, by_signs = signs.update(gradient, carry.signs, carry.params, **task)
-        _, by_groups = groups.update(
-            gradient, carry.groups, carry.params, group_gradients=each, batch_size=batch
-        )
-        raw = RAW_DECAY * carry.raw + (1 - RAW_DECAY) * _moments(gradient, each, batch)
-        updates, optimizer = tx.update(gradient, carry.optimizer)
-        params = optax.apply_updates(carry.params, updates)
-        return Carry(params, optimizer, by_signs, by_groups, raw, carry.step + 1), None
-
-    chunk = jax.jit(lambda carry, places: jax.lax.scan(step, carry, places)[0])
-    loss_of = jax.jit(lambda params: workload.loss(params, workload.judged()))
+    carry = start_at(params, seed, jnp.asarray(workload.rate(batch, rate)))
     most, rng = workload.most_steps(batch), np.random.default_rng([seed, batch])
     every = max(1, most // 160)
     rows: list[dict[str, Any]] = []
@@ -76,18 +56,49 @@ def run(workload: Workload, batch: int, rate: float, seed: int, true: bool) -> d
         for target in passed:  # between two looks, by the logarithm of the loss
             part = np.log(before / target) / np.log(before / loss)
             reached[str(target)] = last - every + float(part) * every
-        row = {"step": last, "loss": loss, "targets": passed} | _reports(carry, params)
         recent = [*recent[-3:], carry.params]
-        if true and passed:  # it moves by half from step to step, and the tracked one is an average
-            looks = [exact(workload, params) for params in recent]
-            row["true"] = float(np.exp(np.mean(np.log(np.maximum(looks, 1e-9)))))
         ended = not np.isfinite(loss) or len(reached) == len(workload.targets)
         if passed or ended or last + every > most:
-            rows.append(row)
+            rows.append({"step": last, "loss": loss, "targets": passed} | _reports(carry, params))
+        if true and passed:  # it moves by half from step to step, and the tracked one is an average
+            looks = [exact(workload, params) for params in recent]
+            rows[-1]["true"] = float(np.exp(np.mean(np.log(np.maximum(looks, 1e-9)))))
         if ended:
             break
         before = min(loss, before)
     return {"start": start, "reached": reached, "rows": rows}
+
+
+@functools.cache
+def _compiled(workload: Workload, batch: int) -> tuple[Callable[..., Carry], Any, Any]:
+    """How a run begins, its steps and its loss: compiled once for all rates and seeds."""
+    scale = optax.scale_by_adam(b2=0.99)
+    groups = track_noise_scale(decay=0.98)
+
+    def by_signs(seed: int) -> optax.GradientTransformationExtraArgs:
+        return track_noise_scale(update_interval=10, key=seed)
+
+    def start_at(params: Any, seed: int, rate: jax.Array) -> Carry:
+        signs = by_signs(seed).init(params)
+        return Carry(params, scale.init(params), signs, groups.init(params), jnp.zeros(2), rate)
+
+    def step(carry: Carry, places: jax.Array) -> tuple[Carry, None]:
+        examples = workload.batch(places)
+        grouped = grouped_value_and_grad(workload.loss, GROUPS)
+        _, gradient, each = grouped(carry.params, examples)
+        task = workload.task(examples)
+        # The state holds the seed's key.
+        _, signs = by_signs(0).update(gradient, carry.signs, carry.params, **task)
+        _, grouped_state = groups.update(
+            gradient, carry.groups, carry.params, group_gradients=each, batch_size=batch
+        )
+        raw = RAW_DECAY * carry.raw + (1 - RAW_DECAY) * _moments(gradient, each, batch)
+        direction, optimizer = scale.update(gradient, carry.optimizer)
+        params = jax.tree.map(lambda p, u: p - carry.rate * u, carry.params, direction)
+        return Carry(params, optimizer, signs, grouped_state, raw, carry.rate), None
+
+    chunk = jax.jit(lambda carry, places: jax.lax.scan(step, carry, places)[0])
+    return start_at, chunk, jax.jit(lambda params: workload.loss(params, workload.judged()))
 
 
 def _moments(gradient: Any, each: Any, batch: int) -> jax.Array:

@@ -78,10 +78,14 @@ class Workload:
         apply_fn: Callable[..., Any] = self.network.apply
         return supervised(apply_fn, *batch, loss="softmax_cross_entropy")
 
+    @functools.cached_property
+    def _init(self) -> Callable[..., Any]:
+        return jax.jit(self.network.init)
+
     def init(self, seed: int) -> Any:
         """Initial parameters."""
         inputs, _ = self.batch(jnp.zeros(1, jnp.int32))
-        return jax.jit(self.network.init)(jax.random.key(seed), inputs)
+        return self._init(jax.random.key(seed), inputs)
 
     def rate(self, batch: int, rate: float) -> float:
         """The learning rate of a batch; the best ones lie inside the rates' range."""

@@ -1,7 +1,7 @@
 """One training: curvature by every way, predictions, and the bits that each way chooses."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -48,32 +48,28 @@ def measure(network: Network, seed: int, quick: bool) -> dict[str, Any]:
         {int(row): int(rng.choice(RANDOM_WIDTHS)) for row in rows} for _ in range(configurations)
     ]
     rises = [float(loss["test"](rounder.tree(c))) - start["test"] for c in configured]
-    prediction = {}
+    prediction, pairs = {}, {}
     for way, values in curvature.items():
         predicted = [rounder.predict(values, c) for c in configured]
         ratio = np.median(np.divide(predicted, rises))
+        if way == "fisher":
+            pairs = {"predicted": predicted, "measured": rises}
         prediction[way] = {"rank": float(spearmanr(predicted, rises)[0]), "ratio": float(ratio)}
 
     choices: dict[str, Any] = {}
+    greedy = rounder.greedy(loss["validation"])
     for budget in BUDGETS:
         trees = {"uniform": rounder.tree(dict.fromkeys(rounder.rows, budget))}
         for way, values in curvature.items():
-            found = LayerCurvature(jnp.asarray(values), jnp.zeros(len(values)), jnp.ones(1))
-            options: dict[str, Any] = {"mean_bits": budget, "bits": WIDTHS, "layers": "leaf"}
-            began = time.perf_counter()
-            trees[way] = allocate_bits(found, params, **options).params
-            choice = time.perf_counter() - began
-            if way == "fisher":
-                began = time.perf_counter()
-                trees["fisher, verified"] = allocate_bits(
-                    found, params, value_fn=loss["validation"], **options
-                ).params
-                verified = time.perf_counter() - began
-                seconds |= {f"choice at {budget}": choice, f"verified choice at {budget}": verified}
-        began = time.perf_counter()
-        trees["greedy measurement"] = rounder.greedy(loss["validation"], budget)
-        seconds[f"greedy at {budget}"] = time.perf_counter() - began
+            # All widths, to hold the ways against each other.
+            trees[way], _ = _chosen(values, params, budget, max_change=1.0)
+        fisher_alone = curvature["fisher"], params, budget
+        trees["fisher, trusted widths"], choice = _chosen(*fisher_alone)
+        trees["fisher, verified"], verified = _chosen(*fisher_alone, value_fn=loss["validation"])
+        seconds |= {f"choice at {budget}": choice, f"verified choice at {budget}": verified}
+        trees["greedy measurement"], seconds[f"greedy at {budget}"] = next(greedy)
         random = [rounder.random(rng, budget) for _ in range(2 if quick else 20)]
+        trees = {way: tree for way, tree in trees.items() if tree is not None}
         found_rises = {
             way: float(loss["test"](tree)) - start["test"] for way, tree in trees.items()
         }
@@ -87,11 +83,29 @@ def measure(network: Network, seed: int, quick: bool) -> dict[str, Any]:
         "accuracy": _accuracy(network, trained, params),
         "layers": len(rows),
         "prediction": prediction,
+        "pairs": pairs,
         "choices": choices,
         "seconds": seconds,
         "gradient": gradient,
         "curvature_range": _range(curvature["fisher"][rows]),
     }
+
+
+def _chosen(
+    values: np.ndarray, params: Any, budget: float, **options: Any
+) -> tuple[Any | None, float]:
+    """The rounded parameters, None where the budget is below what is offered, and the seconds."""
+    found = LayerCurvature(jnp.asarray(values), jnp.zeros(len(values)), jnp.ones(1))
+    began = time.perf_counter()
+    try:
+        choice = allocate_bits(
+            found, params, mean_bits=budget, bits=WIDTHS, layers="leaf", **options
+        ).params
+    except ValueError as error:
+        if "what is offered begins at" not in str(error):
+            raise
+        choice = None
+    return choice, time.perf_counter() - began
 
 
 def _loss(network: Network, trained: Trained, part: str) -> Callable[[Any], jax.Array]:
@@ -217,18 +231,25 @@ class _Rounder:
                 widths[row] = WIDTHS[max(1, WIDTHS.index(widths[row]) - 1)]
             return self.tree(widths)
 
-    def greedy(self, loss: Callable[[Any], jax.Array], budget: float) -> Any:
-        """Lowers, again and again, the layer that costs least for each bit saved, as measured."""
+    def greedy(self, loss: Callable[[Any], jax.Array]) -> Iterator[tuple[Any, float]]:
+        """Lowers, again and again, the layer that costs least for each bit saved, as measured.
+
+        Yields the tree at each budget, the largest first, and the seconds that led there.
+        """
         widths = dict.fromkeys(self.rows, WIDTHS[-1])
         before = float(loss(self.tree(widths)))
-        while self._mean(widths) > budget:
-            found = {}
-            for row in self.rows:
-                index = WIDTHS.index(widths[row])
-                if index:
-                    lower = widths | {row: WIDTHS[index - 1]}
-                    saved = self.sizes[row] * (widths[row] - WIDTHS[index - 1])
-                    value = float(loss(self.tree(lower)))
-                    found[row] = ((value - before) / saved, value, lower)
-            _, before, widths = min(found.values(), key=lambda entry: entry[0])
-        return self.tree(widths)
+        seconds = 0.0
+        for budget in BUDGETS:
+            began = time.perf_counter()
+            while self._mean(widths) > budget:
+                found = {}
+                for row in self.rows:
+                    index = WIDTHS.index(widths[row])
+                    if index:
+                        lower = widths | {row: WIDTHS[index - 1]}
+                        saved = self.sizes[row] * (widths[row] - WIDTHS[index - 1])
+                        value = float(loss(self.tree(lower)))
+                        found[row] = ((value - before) / saved, value, lower)
+                _, before, widths = min(found.values(), key=lambda entry: entry[0])
+            seconds += time.perf_counter() - began
+            yield self.tree(widths), seconds

@@ -1,6 +1,6 @@
 """The tables that a person reads: predicted against measured, and choice against choice."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -59,14 +59,17 @@ def _predictions(trainings: Sequence[Any]) -> str:
 
 def _choices(trainings: Sequence[Any]) -> str:
     parts = []
-    for budget, first in trainings[0]["choices"].items():
+    for budget in trainings[0]["choices"]:
         lines = []
-        for way in first["rises"]:
+        for way in dict.fromkeys(w for t in trainings for w in t["choices"][budget]["rises"]):
             found = [t["choices"][budget] for t in trainings]
+            found = [f for f in found if way in f["rises"]]
             over = [f["rises"][way] / f["rises"]["uniform"] for f in found]
             line = {"": way, "rise": _show([f["rises"][way] for f in found], "{:+.4f}")}
             line["over uniform's"] = _show(over, "{:.2f}")
-            if way in first["accuracy"]:
+            if len(found) < len(trainings):
+                line["over uniform's"] += f", {len(found)} of {len(trainings)}"
+            if way in found[0]["accuracy"]:
                 line["accuracy"] = _show([f["accuracy"][way] for f in found], "{:.3f}")
             lines.append(line)
         table = pd.DataFrame(lines).to_string(index=False, na_rep="")
@@ -75,16 +78,15 @@ def _choices(trainings: Sequence[Any]) -> str:
 
 
 def _times(trainings: Sequence[Any]) -> str:
-    def total(t: Any, names: Sequence[str]) -> float:
-        return sum(t["seconds"][name] for name in names) / t["gradient"]
-
-    rows: dict[str, Callable[[Any], float]] = {
-        "fisher and the choice at 4": lambda t: total(t, ["fisher", "choice at 4"]),
-        "the same, verified": lambda t: total(t, ["fisher", "verified choice at 4"]),
-        "greedy measurement at 4": lambda t: total(t, ["greedy at 4"]),
+    rows = {
+        "fisher and the choice at 4": ("fisher", "choice at 4"),
+        "the same, verified": ("fisher", "verified choice at 4"),
+        "greedy measurement at 4": ("greedy at 4",),
     }
-    lines = [
-        {"": name, "gradients": _show([of(t) for t in trainings], "{:.0f}")}
-        for name, of in rows.items()
-    ]
-    return "Time, in gradients of a training batch\n" + pd.DataFrame(lines).to_string(index=False)
+    lines = []
+    for title, names in rows.items():
+        seconds = [sum(t["seconds"][name] for name in names) for t in trainings]
+        gradients = [s / t["gradient"] for s, t in zip(seconds, trainings, strict=True)]
+        line = {"": title, "seconds": _show(seconds, "{:.1f}")}
+        lines.append(line | {"gradients of a training batch": _show(gradients, "{:.0f}")})
+    return "Time\n" + pd.DataFrame(lines).to_string(index=False)

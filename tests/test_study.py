@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.lab._jobs import Outcome
+from benchmarks.lab._statistics import half_width
 from benchmarks.lab._store import Store
 from benchmarks.study import _plan as plan
 from benchmarks.study import _statistics as statistics
@@ -54,7 +55,7 @@ def test_holm_by_hand():
     ],
 )
 def test_verdicts(mean, spread, adjusted, begin):
-    reach = statistics.half_width(spread, 8)
+    reach = half_width(spread, 8)
     found = statistics.Contrast(mean, mean - reach, mean + reach, spread, 0.0, 8)
     assert statistics.verdict(found, adjusted, MARGIN, 4).startswith(begin)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.lab._jobs import Outcome
+from benchmarks.lab._statistics import half_width
 from benchmarks.study import _statistics as statistics
 from benchmarks.study._arms import ARMS, B1, TRIALS
 from benchmarks.study._figures import draw_all
@@ -85,7 +86,7 @@ def _workload(workload: Workload, frame: pd.DataFrame) -> dict[str, Any]:
         "studies": len(scores),
         "contrasts": contrasts,
         "floor": floor,
-        "visible": statistics.half_width(floor.spread, floor.studies),
+        "visible": half_width(floor.spread, floor.studies),
         "arms": _arms(workload, frame),
     }
 

@@ -9,7 +9,8 @@ import numpy as np
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-LEVEL = 0.05
+from benchmarks.lab._statistics import LEVEL, half_width, mean_interval
+
 #: How many studies are too many to think of.
 MOST = 10_000
 
@@ -28,17 +29,12 @@ class Contrast(NamedTuple):
 def contrast(differences: Sequence[float]) -> Contrast:
     """The paired t over studies: mean, 95 % interval and p-value."""
     values = np.asarray(differences, np.float64)
-    spread = float(values.std(ddof=1))
-    mean, reach = float(values.mean()), half_width(spread, len(values))
-    if spread == 0:
-        return Contrast(mean, mean, mean, 0.0, 1.0 if mean == 0 else 0.0, len(values))
-    p = float(stats.ttest_1samp(values, 0.0).pvalue)
-    return Contrast(mean, mean - reach, mean + reach, spread, p, len(values))
-
-
-def half_width(spread: float, studies: int, level: float = LEVEL) -> float:
-    """From the mean to the end of its interval."""
-    return float(stats.t.ppf(1 - level / 2, studies - 1)) * spread / math.sqrt(studies)
+    found, spread = mean_interval(values), float(values.std(ddof=1))
+    if spread > 0:
+        p = float(stats.ttest_1samp(values, 0.0).pvalue)
+    else:
+        p = 1.0 if found.mean == 0 else 0.0
+    return Contrast(*found, spread, p, len(values))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

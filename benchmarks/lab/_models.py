@@ -148,11 +148,6 @@ class Model:
         """The batch's mean loss."""
         return self.task.loss_fn(params, self.batch)
 
-    @property
-    def num_params(self) -> int:
-        """Number of parameters."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
-
 
 def tasks(quick: bool = False) -> dict[str, Task]:
     """The four tasks, or two tiny ones for a quick look."""

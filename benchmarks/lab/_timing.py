@@ -4,7 +4,6 @@ In every round each contender is visited once, in a shuffled order; what is comp
 of two contenders' times within a round, and of these the median over the rounds.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -27,19 +26,6 @@ class Spread(NamedTuple):
         """Of the values of all rounds."""
         array = np.asarray(values, np.float64)
         return cls(float(np.median(array)), float(array.min()), float(array.max()))
-
-
-def repeat(work: Callable[[], object], units: int = 1) -> Visit:
-    """A visit that repeats ``work``, which does ``units`` units and returns when they are done."""
-
-    def visit(window: float) -> float:
-        calls, began = 0, time.perf_counter()
-        while calls == 0 or time.perf_counter() - began < window:
-            work()
-            calls += 1
-        return (time.perf_counter() - began) / (calls * units)
-
-    return visit
 
 
 def interleave(

@@ -177,10 +177,8 @@ def _traceax_joint(model: Model) -> Estimate:
 
     def estimate(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
         flat, unravel = ravel_pytree(params)
-        gradient = jax.grad(lambda x: model.task.loss_fn(unravel(x), batch))
-        operator = lineax.FunctionLinearOperator(
-            lambda v: jax.jvp(gradient, (flat,), (v,))[1], jax.eval_shape(lambda: flat)
-        )
+        product = hessian(model, unravel, flat, batch)
+        operator = lineax.FunctionLinearOperator(product, jax.eval_shape(lambda: flat))
         v = _signs(traceax)(key, flat.size, 1)[:, 0]
         return sums_by_layer(model, unravel(v * operator.mv(v)))
 

@@ -53,14 +53,16 @@ def objective(fault, params):
     return sum(terms, fault["loss"])
 
 
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 OPTIONS = {
     "paper": {},
     "ema": {"momentum": "ema", "update_interval": 3, "curvature_decay": 0.9},
 }
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "seed"), [("paper", 0), ("ema", 1), *map(SLOW, ("paper", "ema"), (1, 0))]
+)
 def test_soak(name, seed):
     options = OPTIONS[name]
     interval = options.get("update_interval", 1)

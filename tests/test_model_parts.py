@@ -38,7 +38,7 @@ class DropoutNet(nn.Module):
 def batch_norm(seed):
     x, y = draw(seed)(8, 2), draw(seed + 1)(8, 1)
     model = BatchNormNet()
-    variables = model.init(jax.random.key(seed), x)
+    variables = jax.jit(model.init)(jax.random.key(seed), x)
     stats = jax.tree.map(double, variables["batch_stats"])
 
     def value_fn(params):
@@ -60,7 +60,7 @@ def dropout(seed, key=0):
         outputs = model.apply({"params": params}, x, rngs={"dropout": jax.random.key(key)})
         return jnp.mean((outputs - y) ** 2)
 
-    return Part(model.init(rngs, x)["params"], value_fn)
+    return Part(jax.jit(model.init)(rngs, x)["params"], value_fn)
 
 
 TOKENS = np.asarray([[0, 2], [2, 3], [3, 0]])  # 1 and 4 of the vocabulary of 5 are never used

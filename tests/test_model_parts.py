@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from models import compiled_curvature
 from parts import Part, draw, exact_means, tanh_with_vjp, with_activation
 
 from lama_optax import exact_trace, hutchinson, lama_adam, layer_curvature
@@ -189,7 +190,7 @@ def test_unused_rows_of_an_embedding_stay(x64):
     # Rows of no gradient: m = 0 and v = 0, so the update is 0 / eps.
     assert moved.tolist() == [True, False, True, True, False]
     # And their zero curvature counts in the layer's mean: 4 of 10 entries are theirs.
-    c = layer_curvature(part.params, 0, estimator=exact_trace(), value_fn=part.value_fn)
+    c = compiled_curvature(part.params, estimator=exact_trace(), value_fn=part.value_fn)
     assert c.size.tolist() == [10, 2]
 
 
@@ -241,5 +242,5 @@ def test_a_frozen_part_can_be_closed_over(x64):
     def value_fn(p):
         return part.value_fn({"cell": part.params["cell"], **p})
 
-    c = layer_curvature(head, 0, estimator=exact_trace(), value_fn=value_fn)
+    c = compiled_curvature(head, estimator=exact_trace(), value_fn=value_fn)
     np.testing.assert_allclose(c.mean, exact_means(part.params, part.value_fn)[1:], rtol=1e-12)

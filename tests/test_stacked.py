@@ -14,6 +14,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from models import compiled_curvature
 
 from lama_optax import (
     exact_trace,
@@ -216,9 +217,8 @@ def train(params, loss_fn, layers, steps=12):
 )
 def test_equal_to_the_network_written_out(x64, name):
     case = CASES[name](seed=0)
-    np.testing.assert_allclose(
-        case.loss_fn(case.params), case.loss_written_out(case.written_out), rtol=1e-14
-    )
+    losses = jax.jit(lambda a, b: (case.loss_fn(a), case.loss_written_out(b)))
+    np.testing.assert_allclose(*losses(case.params, case.written_out), rtol=1e-14)
     names = layer_names(case.params, LAYERS)
     others = layer_names(case.written_out)
     assert sorted(names) == sorted(case.names)
@@ -292,7 +292,6 @@ def test_a_probe_of_the_sphere_has_each_layers_own_length(x64):
     def value_fn(p):
         return 0.5 * jnp.sum(p["blocks"]["w"] ** 2)
 
-    c = layer_curvature(
-        params, 0, estimator=hutchinson(2, probe="sphere"), layers=LAYERS, value_fn=value_fn
-    )
+    estimator = hutchinson(2, probe="sphere")
+    c = compiled_curvature(params, estimator=estimator, layers=LAYERS, value_fn=value_fn)
     np.testing.assert_allclose(c.mean, [1, 1, 1], rtol=1e-14)

@@ -10,7 +10,7 @@ CONSTRAINTS := $(wildcard constraints/python$(MINOR).txt)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	$(addprefix --constraint ,$(CONSTRAINTS))
 
-.PHONY: help moons study test test-all lint format build notebooks constraints clean
+.PHONY: help moons study test test-all lint format docs build notebooks constraints clean
 
 help:
 	@echo "make moons        reproduce the paper's experiment; writes results/moons/"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-all     besides: fuzz, benchmarks, notebooks, peers, processes"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff format the code"
+	@echo "make docs         the site, in docs/_build/html/"
 	@echo "make build        wheel and sdist in dist/"
 	@echo "make notebooks    execute the notebooks and keep their pictures"
 	@echo "make constraints  record the tested versions for this Python"
@@ -45,11 +46,15 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/docs.stamp
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build/html $(ARGS)
+
 build: $(VENV)/dev.stamp
 	$(BIN)/python -m build
 
 notebooks: $(VENV)/dev.stamp
-	$(BIN)/jupytext --sync --execute notebooks/*.py
+	$(BIN)/jupytext --sync --execute notebooks/0*.py
+	$(BIN)/python notebooks/readme_picture.py
 
 # Unpinned on purpose: this is how a new set of versions is chosen and then tested.
 constraints:
@@ -60,7 +65,7 @@ constraints:
 	rm -rf $(VENV)-unpinned
 
 clean:
-	rm -rf .venv .venv-* build dist results
+	rm -rf .venv .venv-* build dist results docs/_build
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

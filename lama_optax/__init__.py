@@ -27,4 +27,4 @@ from lama_optax.optimizers.lama import lama_scale as lama_scale
 from lama_optax.report import layer_report as layer_report
 from lama_optax.report import noise_report as noise_report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -82,15 +82,18 @@ class Table(NamedTuple):
             )
         one = np.kron(np.eye(shape[0]), np.ones(shape[1]))
         scale = max(float(np.max(costs)), 1e-300)
+        # In the largest unit that all sizes share, so that the solver's tolerance is less than one.
+        unit = max(1, int(np.gcd.reduce(sizes, axis=None)))
         found = milp(
             costs.ravel() / scale,
             integrality=np.ones(costs.size),
             bounds=Bounds(0, allowed.ravel().astype(float)),
             constraints=[
                 LinearConstraint(one, 1, 1),
-                LinearConstraint(sizes.ravel() / max(budget, 1), -np.inf, 1),
+                LinearConstraint(sizes.ravel() // unit, -np.inf, budget // unit),
             ],
-            options={"mip_rel_gap": 0.0},
+            # The presolver writes lines to the terminal that cannot be turned off.
+            options={"mip_rel_gap": 0.0, "presolve": False},
         )
         return np.argmax(found.x.reshape(shape), axis=1)
 

@@ -27,11 +27,11 @@ LayerSpec = str | PyTree | Callable[[PyTree], PyTree]
 class Layers:
     """The partition of a parameter tree's leaves into L layers: static, hashable, no pytree."""
 
-    names: tuple[str, ...]  # length L, unique
-    sizes: tuple[int, ...]  # length L, number of parameters
-    leaf_layer: tuple[int, ...]  # of each leaf, in the tree's order: number of its (first) layer
-    leaf_depth: tuple[int | None, ...]  # of each leaf: layers along its leading axis, None: one
-    dtype: np.dtype  # of every (L,) array: float32, or float64 where a leaf is
+    names: tuple[str, ...]  #: length L, unique
+    sizes: tuple[int, ...]  #: length L, number of parameters
+    leaf_layer: tuple[int, ...]  #: of each leaf, in the tree's order: number of its (first) layer
+    leaf_depth: tuple[int | None, ...]  #: of each leaf: layers along its leading axis, None: one
+    dtype: np.dtype  #: of every (L,) array: float32, or float64 where a leaf is
 
     def sum(self, tree: PyTree) -> jax.Array:
         """Sums all entries of ``tree`` (shaped like the parameters) per layer, shape (L,)."""

@@ -22,14 +22,15 @@ class NoiseScaleState(NamedTuple):
     """State of `track_noise_scale`: of L layers, in the order of `layer_names`, and their total."""
 
     # All of it is finite: float32, or float64 where a parameter is.
-    count: jax.Array  # type: ignore[assignment] # shape=(), dtype=int32; updates made
-    mean: jax.Array  # shape=(2, L + 1); averages of tr(Sigma) / scale and of |G|^2 / scale
-    spread: jax.Array  # shape=(2, 2, L + 1); weighted covariance of the estimates in them
-    weight: jax.Array  # shape=(L + 1,); sum of the averages' weights, 0 before an estimate
-    weight_squares: jax.Array  # shape=(L + 1,); sum of their squares
-    scale: jax.Array  # shape=(L + 1,); average of |g|^2, which divides the next estimate
-    key: jax.Array  # shape=(2,) for the default PRNG, dtype=uint32; raw data of the first key
-    rejected: jax.Array  # shape=(), dtype=int32; estimates that were not finite
+    #: shape=(), dtype=int32; updates made
+    count: jax.Array  # type: ignore[assignment]
+    mean: jax.Array  #: shape=(2, L + 1); averages of tr(Sigma) / scale and ``|G|^2 / scale``
+    spread: jax.Array  #: shape=(2, 2, L + 1); weighted covariance of the estimates in them
+    weight: jax.Array  #: shape=(L + 1,); sum of the averages' weights, 0 before an estimate
+    weight_squares: jax.Array  #: shape=(L + 1,); sum of their squares
+    scale: jax.Array  #: shape=(L + 1,); average of ``|g|^2``, which divides the next estimate
+    key: jax.Array  #: shape=(2,) for the default PRNG, dtype=uint32; raw data of the first key
+    rejected: jax.Array  #: shape=(), dtype=int32; estimates that were not finite
 
     @property
     def average(self) -> Average:

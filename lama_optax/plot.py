@@ -87,7 +87,9 @@ def plot_report(
     steps = [row["step"] for row in rows]
     for axes, (kind, members) in zip(grid.flat, kinds.items(), strict=False):
         members.sort(key=lambda name: [int(n) for n in re.findall(r"\d+", name) if kind])
-        shades = _DEPTH(np.linspace(0, 1, len(members))) if kind else _COLORS
+        shades: Any = _COLORS
+        if kind:  # a layer alone has no place in an order
+            shades = _DEPTH(np.linspace(0, 1, len(members))) if len(members) > 1 else ["black"]
         for name, color in zip(members, shades, strict=False):
             error = 1.96 * column(f"{quantity}_std_error", name)
             low, high = column(f"{quantity}_at_least", name), column(f"{quantity}_at_most", name)

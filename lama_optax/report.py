@@ -89,11 +89,11 @@ def noise_report(
     At a batch of B examples training takes about :math:`1 + B_\mathrm{noise} / B` times the steps
     of an endless batch, and :math:`1 + B / B_\mathrm{noise}` times the fewest examples:
 
-    =================================  =====  ====  ===  =  ===  ====
-    batch size over noise scale         1/8    1/4  1/2  1    2     4
-    steps over the minimum                9      5    3  2  1.5  1.25
-    examples over the minimum         1.125   1.25  1.5  2    3     5
-    =================================  =====  ====  ===  =  ===  ====
+    ===========================  =====  ====  ===  =  ===  ====
+    batch size over noise scale  1/8    1/4   1/2  1  2    4
+    steps over the minimum       9      5     3    2  1.5  1.25
+    examples over the minimum    1.125  1.25  1.5  2  3    5
+    ===========================  =====  ====  ===  =  ===  ====
 
     Args:
       opt_state: any optax state that holds the state of `track_noise_scale` once, however deep.
@@ -102,9 +102,10 @@ def noise_report(
       flat: whether to return one number a name, as loggers take them.
 
     Returns:
-      ``"total"``, and each layer's name -> ``{"noise_scale": in examples, "std_error": by the delta
-      method, "at_least": ..., "at_most": ...}``, as Python numbers, for `json.dumps`. The last two
-      are the ends of Fieller's 95 % interval for a ratio. What is not known is None: ``at_most``
+      ``"total"``, and each layer's name ->
+      ``{"noise_scale": ..., "std_error": ..., "at_least": ..., "at_most": ...}``, in examples, as
+      Python numbers, for `json.dumps`. The standard error is by the delta method; the last two are
+      the ends of Fieller's 95 % interval for a ratio. What is not known is None: ``at_most``
       where :math:`\lVert G \rVert^2` may be 0, ``at_least`` where :math:`\operatorname{tr}(\Sigma)`
       may be, the other two where either may; all of them before the third estimate. With ``flat``,
       without these: ``{"noise_scale/total": ..., "noise_scale_at_least/total": ...}``.

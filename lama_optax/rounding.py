@@ -43,10 +43,10 @@ def loss_increase(
       layers: the same as the curvature was measured with.
 
     Returns:
-      Each layer's name, and ``"total"`` -> ``{"increase": in units of the loss, "std_error": from
-      the curvature's}``. Both are None where the curvature is not known or not finite, and for the
-      total where it is so for a layer that changed. The error holds how well the curvature is
-      known, not that one change is one draw.
+      Each layer's name, and ``"total"`` -> ``{"increase": ..., "std_error": ...}``, in units of the
+      loss; the error is from the curvature's. Both are None where the curvature is not known or not
+      finite, and for the total where it is so for a layer that changed. The error holds how well
+      the curvature is known, not that one change is one draw.
 
     Raises:
       ValueError: if ``changed`` or ``curvature`` does not fit ``params``.
@@ -92,18 +92,18 @@ def round_symmetric(array: jax.Array, bits: int) -> jax.Array:
 class BitAllocation:
     """Bits for each layer, and what they are expected to cost."""
 
-    bits: dict[str, int]  # layer -> width; layers that `quantize` leaves alone are absent
-    params: PyTree  # the rounded parameters
-    # Predicted rise of the loss, of the layers whose curvature is known; of widths that are not
-    # trusted, measured.
+    bits: dict[str, int]  #: layer -> width; layers that `quantize` leaves alone are absent
+    params: PyTree  #: the rounded parameters
+    #: Predicted rise of the loss, of the layers whose curvature is known; of widths that are not
+    #: trusted, measured.
     increase: float
-    std_error: float | None  # of it, from the curvature's; None where that is not known
-    mean_bits: float  # a weight's, over the arrays that are rounded
-    size_bytes: int  # of these arrays, without their scales
-    unknown: tuple[str, ...]  # layers without a known positive curvature; they have most bits
-    curve: tuple[Point, ...]  # size against predicted loss, from few bits to many
-    # With ``value_fn``, the measured rise of "predicted", the first choice, "corrected" and
-    # "uniform" (None where no width fits). The least is what was chosen.
+    std_error: float | None  #: of it, from the curvature's; None where that is not known
+    mean_bits: float  #: a weight's, over the arrays that are rounded
+    size_bytes: int  #: of these arrays, without their scales
+    unknown: tuple[str, ...]  #: layers without a known positive curvature; they have most bits
+    curve: tuple[Point, ...]  #: size against predicted loss, from few bits to many
+    #: With ``value_fn``, the measured rise of "predicted", the first choice, "corrected" and
+    #: "uniform" (None where no width fits). The least is what was chosen.
     measured: dict[str, float | None] | None
 
 

@@ -153,7 +153,7 @@ plt.show()
 # - **tanh**: the textbook's V. To the right the error is proportional to $\delta$; to the left it
 #   is the rounding of the gradients over $\delta$, which float64 pushes out of the picture. In
 #   float32 the best step is near $10^{-4}$ and leaves an error of $10^{-3}$. At the paper's
-#   $\delta = 0.01$ it is a few per cent, far below that of sampling.
+#   $\delta = 0.01$ it is about a tenth, below that of sampling.
 # - **ReLU**, the paper's network: the loss has kinks. When a step carries a data point across one,
 #   the gradient jumps by an amount that does not depend on $\delta$, and the quotient divides it
 #   by $\delta$. With a smaller step fewer points cross, but each counts for more: the error does

@@ -101,7 +101,7 @@ def test_cost_measures_and_reports(tmp_path, monkeypatch):
     options = [*QUICK, "--results", str(folder)]
     assert cost.main(options) == 0
     names = {path.name for path in folder.iterdir()}
-    assert {"steps.png", "growth_k.png", "results.txt", "results.json"} <= names
+    assert {"steps.png", "growth.png", "results.txt", "results.json"} <= names
     text = (folder / "results.txt").read_text()
     for phrase in (ADAM, "over floor", "K=64, MiB", "Resident", "slope"):
         assert phrase in text

@@ -72,7 +72,7 @@ def _run(settings: CostSettings) -> None:
         outcomes = run_jobs(store, jobs, "benchmarks.cost")
         summary = summarize(outcomes, models, common.quick)
         save("results", summary, report(summary))
-        draw_all(common.results, summary)
+        draw_all(common.results)
     if settings.only != "steps":
         jobs = list(_tracking.jobs(common, models))
         outcomes = run_jobs(store, jobs, "benchmarks.cost, track_curvature")

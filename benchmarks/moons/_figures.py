@@ -5,23 +5,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")  # files only, no display
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from benchmarks.lab._style import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    save_all,
+)
 from benchmarks.moons._data import Classifier, Runs
 from benchmarks.moons._experiment import Outcome
 from benchmarks.moons._settings import Settings
 from benchmarks.moons._statistics import mean_interval
 from benchmarks.moons._train import ARMS
-
-ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 #: Colour and line of each optimizer.
 LINES: dict[str, dict[str, Any]] = {
@@ -30,19 +33,6 @@ LINES: dict[str, dict[str, Any]] = {
     "lama_fd": {"color": "black", "linestyle": ":"},
     "lam_weight": {"color": PURPLE, "linestyle": "-."},
     "lam_layer": {"color": GREEN},
-}
-
-STYLE: Any = {
-    "figure.dpi": 110,
-    "figure.constrained_layout.use": True,
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "lines.linewidth": 1.8,
-    "legend.frameon": False,
 }
 
 
@@ -55,11 +45,7 @@ def draw_all(settings: Settings, runs: Runs, results: dict[str, Any], outcome: O
     }
     if results["grid"] is not None:
         figures["learning_rates.png"] = lambda: _learning_rates(settings, results)
-    for name, draw in figures.items():
-        with plt.rc_context(STYLE):
-            figure = draw()
-            figure.savefig(settings.results / name)
-            plt.close(figure)
+    save_all(settings.results, figures)
 
 
 def _loss_curves(settings: Settings, outcome: Outcome) -> Figure:
@@ -85,9 +71,14 @@ def _loss_curves(settings: Settings, outcome: Outcome) -> Figure:
         right.plot(epochs, mean, label=ARMS[arm], **LINES[arm])
         right.fill_between(epochs, low, high, color=LINES[arm]["color"], alpha=0.15, linewidth=0)
     right.axhline(0, **LINES["adam"], label="Adam")
-    right.set(title="The same, minus Adam's (band: 95 % of the mean)", xlabel="epoch")
+    right.set(title="Minus Adam's (band: 95 % of the mean)", xlabel="epoch")
     _label_in_powers(right, "difference in loss, paired by seed")
     right.legend(loc="lower right")
+    apart = max(
+        abs(float((outcome.histories["lama"].loss - outcome.histories["adam"].loss).mean(0)[i]))
+        for i in range(settings.epochs)
+    )
+    figure.suptitle(f"LAMA-Adam's mean loss is Adam's within {apart:.1g}", fontsize=12)
     return figure
 
 
@@ -163,13 +154,9 @@ def _curvature(settings: Settings, results: dict[str, Any], outcome: Outcome) ->
 
     for i, (name, color) in enumerate(zip(results["layers"], (BLUE, ORANGE), strict=True)):
         band(left, exact.curvature[..., i], color, name)
-        left.plot(
-            epochs,
-            difference.curvature[..., i].mean(axis=0),
-            color=color,
-            linestyle=":",
-            label=f"{name}, finite differences",
-        )
+        finite = difference.curvature[..., i].mean(axis=0)
+        look: dict[str, Any] = {"color": "black", "linestyle": ":"}
+        left.plot(epochs, finite, **look, label="" if i else "finite differences")
         band(right, exact.alpha[..., i] - middle, color, name)
     left.set(
         title="Average curvature (Eq. 8)",
@@ -179,8 +166,11 @@ def _curvature(settings: Settings, results: dict[str, Any], outcome: Outcome) ->
     right.set(title=f"Factor on b1 (Eq. 9), lambda = {settings.sensitivity:g}", xlabel="epoch")
     _label_in_powers(right, f"alpha - {middle:g}")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    means = exact.curvature.mean(axis=(0, 1))
+    most = list(results["layers"])[int(np.argmax(means))]
     figure.suptitle(
-        f"Curvature and alpha of each layer: mean of {settings.seeds} seeds; band: 80 % of them",
+        f"Per parameter {most} is curved most, {np.max(means) / np.min(means):.0f} times as much"
+        f" (mean of {settings.seeds} seeds; band: 80 % of them)",
         fontsize=11,
     )
     return figure
@@ -203,14 +193,15 @@ def _learning_rates(settings: Settings, results: dict[str, Any]) -> Figure:
         for axes, rates in ((left, grid["rates"]), (right, grid["rates"] * gain)):
             axes.plot(rates, mean, label=label, **look)
             axes.fill_between(rates, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    left.set(title="As set", xlabel="learning rate", ylabel="test accuracy, %")
+    left.set(title="Learning rate as set", xlabel="learning rate", ylabel="test accuracy, %")
     right.set(title="As it acts", xlabel="learning rate x gain of Eq. 6 (mean of the layers)")
     for axes in (left, right):
         axes.set_xscale("log")
-    left.legend(loc="lower right")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(
-        f"Test accuracy after {settings.epochs} epochs, mean of {grid['seeds']} seeds"
-        " (band: 95 % of the mean)",
+        "LAMA-Adam's curve is Adam's, moved by the gain of Eq. 6\n"
+        f"(test accuracy after {settings.epochs} epochs, mean of {grid['seeds']} seeds; band: 95 %"
+        " of the mean)",
         fontsize=11,
     )
     return figure

@@ -68,7 +68,7 @@ def _run(settings: Settings) -> None:
     )
     summary = summarize(outcomes)
     save_results(settings.results, store.context, "results", summary, report(summary))
-    draw_all(settings.results, summary)
+    draw_all(settings.results)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def _run(settings: Settings) -> None:
     from benchmarks.lab._environment import context
     from benchmarks.lab._jobs import run_jobs
     from benchmarks.lab._store import Store, save_results
+    from benchmarks.rounding._figures import draw_all
     from benchmarks.rounding._report import report, summarize
 
     if (text := warning()) is not None:
@@ -57,6 +58,7 @@ def _run(settings: Settings) -> None:
     store = Store(settings.results / "measurements.jsonl", versions)
     summary = summarize(run_jobs(store, list(_jobs(settings)), "benchmarks.rounding"))
     save_results(settings.results, store.context, "results", summary, report(summary))
+    draw_all(settings.results)
 
 
 if __name__ == "__main__":

@@ -62,5 +62,8 @@ def _tuning(summary: dict[str, Any]) -> Figure:
         words = "return over AdamW's, points" if workload.margin else "loss over AdamW's, %"
         axes.set(title=workload.name, xlabel="trials", ylabel=words)
         axes.set_xticks(range(1, TRIALS + 1))
-        axes.legend(fontsize=6, ncols=2)
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside right center")
     return figure

@@ -47,7 +47,7 @@ def _run(settings: TracesSettings) -> None:
     from benchmarks.lab._jobs import Models, run_jobs
     from benchmarks.lab._store import Store, save_results
     from benchmarks.traces import _along, _gauss_newton, _gauss_newton_report, _measure
-    from benchmarks.traces import _figures as figures
+    from benchmarks.traces._figures import draw_all
     from benchmarks.traces._report import report
     from benchmarks.traces._summary import summarize
 
@@ -62,13 +62,12 @@ def _run(settings: TracesSettings) -> None:
         jobs = [*_measure.jobs(common, models), *_along.jobs(common, models)]
         summary = summarize(run_jobs(store, jobs, "benchmarks.traces"), models)
         save("results", summary, report(summary))
-        figures.draw_all(common.results, summary)
     if "gauss-newton" in settings.matrices:
         jobs = list(_gauss_newton.jobs(common, models))
         outcomes = run_jobs(store, jobs, "benchmarks.traces, Gauss-Newton")
         summary = _gauss_newton_report.summarize(outcomes, models)
         save("gauss_newton", summary, _gauss_newton_report.report(summary))
-        figures.draw_work(common.results, "gauss_newton.png", summary)
+    draw_all(common.results)
 
 
 if __name__ == "__main__":

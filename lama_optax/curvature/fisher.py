@@ -97,7 +97,7 @@ def fisher(num_samples: int = 1) -> _Fisher:
         spread of its estimates.
 
     Returns:
-      An estimator that needs ``sampled_losses_fn(params, key)`` by keyword: a loss for each
+      An estimator that needs ``sampled_losses_fn(params, key)`` by keyword, a loss for each
       prediction, not reduced, whose gradient in the outputs is :math:`b_i`. `supervised` makes it
       for the usual losses; for another return the losses of targets that ``key`` draws (by
       `jax.lax.stop_gradient` of the outputs). For padding or weights w return ``(losses,

@@ -234,7 +234,7 @@ def flipout(num_probes: int = 1, *, scope: str | None = None) -> _Flipout:
         ``"block"`` up to 8 layers.
 
     Returns:
-      An estimator that needs two arguments by keyword: ``example_value_fn(params, example)``, the
+      An estimator that needs two arguments by keyword, ``example_value_fn(params, example)``, the
       scalar loss of one example, and ``batch``, a pytree of arrays with the examples along the
       leading axis. The loss whose curvature it estimates is the mean over the batch.
 

@@ -186,7 +186,7 @@ def gauss_newton(*, max_outputs: int = 256) -> _GaussNewton:
       max_outputs: the largest number of outputs of one example that is accepted; static.
 
     Returns:
-      An estimator that needs three arguments by keyword: ``example_output_fn(params, example)``,
+      An estimator that needs three arguments by keyword, ``example_output_fn(params, example)``,
       the network's outputs for one example, one array; ``output_loss_fn(outputs, example)``, their
       scalar loss; and ``batch``, a pytree of arrays with the examples along the leading axis.
 

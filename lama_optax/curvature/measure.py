@@ -49,7 +49,7 @@ def layer_curvature(
       **estimator_args: what the estimator needs, by name: ``value_fn``, or all of ``supervised``.
 
     Returns:
-      A `LayerCurvature` of three ``(L,)`` arrays, in the order of `layer_names`: the mean over the
+      A `LayerCurvature` of three ``(L,)`` arrays, in the order of `layer_names`, the mean over the
       estimates, its standard error from the spread between them (of one: the estimator's own, NaN
       with ``batches``), which holds the noise of the batches too, and the sizes. The trace of a
       layer's Hessian block is ``mean * size``.

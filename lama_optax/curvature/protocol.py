@@ -17,9 +17,9 @@ PyTree = Any
 class LayerCurvature(NamedTuple):
     """Each layer's average curvature ``trace(H_l) / N_l`` (Eq. 8) and how well it is known."""
 
-    mean: jax.Array  # shape=(L,), float32 (float64 where a parameter is); trace = mean * size
-    std_error: jax.Array  # shape=(L,), same dtype; one standard error of `mean`, NaN if unknown
-    size: jax.Array  # shape=(L,); number of parameters N_l, int32 (`mean.dtype` from 2^31 on)
+    mean: jax.Array  #: shape=(L,), float32 (float64 where a parameter is); trace = mean * size
+    std_error: jax.Array  #: shape=(L,), same dtype; one standard error of `mean`, NaN if unknown
+    size: jax.Array  #: shape=(L,); number of parameters N_l, int32 (`mean.dtype` from 2^31 on)
 
     @classmethod
     def from_trace(

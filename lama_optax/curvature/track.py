@@ -23,13 +23,14 @@ PyTree = Any
 class CurvatureState(NamedTuple):
     """State of `track_curvature`; L layers in the order of `layer_names`. All of it is finite."""
 
-    count: jax.Array  # type: ignore[assignment] # shape=(), dtype=int32; updates made
-    curvature: jax.Array  # shape=(L,), float32 (float64 where a parameter is); the average of H_l
-    spread: jax.Array  # shape=(L,), same dtype; weighted variance of the estimates in it
-    weight: jax.Array  # shape=(L,), same dtype; sum of the average's weights, 0 before an estimate
-    weight_squares: jax.Array  # shape=(L,), same dtype; sum of their squares
-    key: jax.Array  # shape=(2,) for the default PRNG, dtype=uint32; raw data of the first key
-    rejected: jax.Array  # shape=(), dtype=int32; layers' estimates that were not finite
+    #: shape=(), dtype=int32; updates made
+    count: jax.Array  # type: ignore[assignment]
+    curvature: jax.Array  #: shape=(L,), float32 (float64 where a parameter is); the average of H_l
+    spread: jax.Array  #: shape=(L,), same dtype; weighted variance of the estimates in it
+    weight: jax.Array  #: shape=(L,), same dtype; sum of the average's weights, 0 before an estimate
+    weight_squares: jax.Array  #: shape=(L,), same dtype; sum of their squares
+    key: jax.Array  #: shape=(2,) for the default PRNG, dtype=uint32; raw data of the first key
+    rejected: jax.Array  #: shape=(), dtype=int32; layers' estimates that were not finite
 
     @property
     def average(self) -> Average:
@@ -64,10 +65,12 @@ def track_curvature(
     standard error,
 
     .. math::
-      m_n = \sum_{i \le n} w_i x_i, \quad w_i \propto d^{\,n-i}, \quad \textstyle\sum_i w_i = 1,
-      \qquad
-      \mathrm{se}_n^2 = \frac{S V}{1 - S}, \quad S = \textstyle\sum_i w_i^2, \quad
-      V = \textstyle\sum_i w_i (x_i - m_n)^2,
+      \begin{align*}
+        m_n &= \textstyle\sum_{i \le n} w_i x_i, \quad w_i \propto d^{\,n-i}, \quad
+          \sum_i w_i = 1, \\
+        \mathrm{se}_n^2 &= \frac{S V}{1 - S}, \quad S = \textstyle\sum_i w_i^2, \quad
+          V = \sum_i w_i (x_i - m_n)^2,
+      \end{align*}
 
     widened by Student's factor (7 % with the default decay), so that
     :math:`m_n \pm 1.96\, \mathrm{se}_n` is a 95 % interval. The spread of the estimates holds the

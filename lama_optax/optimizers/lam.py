@@ -17,7 +17,7 @@ PyTree = Any
 class LamState(NamedTuple):
     """State of `lam_scale`."""
 
-    # like params, at least float32, with granularity="weight"; shape=(L,) with "layer"
+    #: like params, at least float32, with granularity="weight"; shape=(L,) with "layer"
     accumulator: optax.Updates | jax.Array
 
 

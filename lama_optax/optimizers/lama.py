@@ -28,12 +28,12 @@ PyTree = Any
 class LamaState(NamedTuple):
     """State of `lama_scale`; L layers in the order of `layer_names`."""
 
-    mu: optax.Updates  # like params, mu_dtype; first moment, Eq. 6
-    nu: optax.Updates  # like params, at least float32; second moment, Eq. 2
-    alpha: jax.Array  # shape=(L,), float32 (float64 where a parameter is); Eq. 9
-    momentum: jax.Array  # shape=(L,), same dtype; min(alpha b1, max_momentum), used by Eq. 6
-    weight_sum: jax.Array  # shape=(L,), same dtype; sum of the gradients' weights in `mu`
-    tracker: CurvatureState  # count, curvature (Eq. 8) and its standard error
+    mu: optax.Updates  #: like params, mu_dtype; first moment, Eq. 6
+    nu: optax.Updates  #: like params, at least float32; second moment, Eq. 2
+    alpha: jax.Array  #: shape=(L,), float32 (float64 where a parameter is); Eq. 9
+    momentum: jax.Array  #: shape=(L,), same dtype; min(alpha b1, max_momentum), used by Eq. 6
+    weight_sum: jax.Array  #: shape=(L,), same dtype; sum of the gradients' weights in `mu`
+    tracker: CurvatureState  #: count, curvature (Eq. 8) and its standard error
 
     @property
     def count(self) -> jax.Array:  # type: ignore[override]

@@ -49,7 +49,7 @@ def _steps(models: dict[str, Any]) -> Figure:
     for axes, (name, found) in zip(panels.flat, of_model.items(), strict=True):
         for label, row in found.items():
             y, color = -labels.index(label), colors["lama" in label.lower()]
-            if None not in row["interval"]:  # a few rounds have none
+            if row["interval"]:  # a few rounds have none
                 axes.plot(row["interval"], [y, y], color=color, alpha=0.5)
             axes.plot(row["over_adam"]["median"], y, "o", color=color)
         axes.axvline(1, color="gray", linewidth=1)

@@ -1,4 +1,4 @@
-"""What the tests of models' parts share: a small model with the part, and the exact Hessian."""
+"""What the tests of single operations share: small models around one, and the exact Hessian."""
 
 from typing import NamedTuple
 
@@ -53,3 +53,22 @@ def exact_means(params, value_fn):
     hessian = jax.jit(jax.hessian(lambda x: value_fn(unravel(x))))(flat)
     diagonal = unravel(jnp.diag(hessian))
     return np.asarray([ravel_pytree(diagonal[name])[0].mean() for name in sorted(diagonal)])
+
+
+# Of one example, two rows of ROWS: what stands between `dense` and `squared_error` is in question.
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+PARAMS = {"a": {"w": normal(0, 3, 4), "b": normal(1, 4)}, "o": {"w": normal(2, 4, 2)}}
+ROWS = normal(3, 6, 2, 3)
+
+
+def dense(p, x):
+    return x @ p["a"]["w"] + p["a"]["b"]
+
+
+def squared_error(p, h):
+    return jnp.sum((jnp.tanh(h) @ p["o"]["w"] - 1) ** 2)

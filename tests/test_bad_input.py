@@ -165,8 +165,7 @@ def test_value_fn_that_is_a_value():
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, value_fn=0.5)
 
 
-@pytest.mark.parametrize("bad", [nan, inf])
-def test_loss_that_is_not_finite_leaves_a_finite_state(bad):
+def test_loss_that_is_not_finite_leaves_a_finite_state():
     tx = lama_scale(estimator=exact_trace(), update_interval=1)
 
     @jax.jit
@@ -178,14 +177,15 @@ def test_loss_that_is_not_finite_leaves_a_finite_state(bad):
         return tx.update(grads, state, PARAMS, value_fn=value_fn)
 
     _, good = step(tx.init(PARAMS), 1.0)
-    updates, state = step(good, bad)
-    assert int(state.rejected) == 2  # both layers
-    assert state.curvature.tolist() == good.curvature.tolist() == [2.0, 2.0]
-    assert all((u == 0).all() for u in jax.tree.leaves(updates))
-    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state))
-    # And training goes on.
-    updates, state = step(state, 1.0)
-    assert all((jnp.isfinite(u) & (u != 0)).all() for u in jax.tree.leaves(updates))
+    for bad in (nan, inf):
+        updates, state = step(good, bad)
+        assert int(state.rejected) == 2  # both layers
+        assert state.curvature.tolist() == good.curvature.tolist() == [2.0, 2.0]
+        assert all((u == 0).all() for u in jax.tree.leaves(updates))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+        # And training goes on.
+        updates, state = step(state, 1.0)
+        assert all((np.isfinite(u) & (u != 0)).all() for u in jax.tree.leaves(updates))
 
 
 def test_curvature_that_is_not_finite_while_the_gradients_are():

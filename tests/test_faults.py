@@ -6,6 +6,7 @@ rejected estimates and the curvature that is left are computed beside the run in
 """
 
 import functools
+import gc
 import resource
 import sys
 
@@ -53,15 +54,18 @@ def objective(fault, params):
     return sum(terms, fault["loss"])
 
 
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 OPTIONS = {
     "paper": {},
     "ema": {"momentum": "ema", "update_interval": 3, "curvature_decay": 0.9},
 }
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "seed"), [("paper", 0), ("ema", 1), *map(SLOW, ("paper", "ema"), (1, 0))]
+)
 def test_soak(name, seed):
+    gc.collect()  # no array of another test's may go while this one counts them
     options = OPTIONS[name]
     interval = options.get("update_interval", 1)
     # A sensitivity at which the curvatures drive alpha over its whole range.

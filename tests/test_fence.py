@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
+from parts import PARAMS, ROWS, dense, normal, squared_error
 
 from lama_optax import exact_trace, flipout, gauss_newton, layer_curvature
 from lama_optax._jaxpr import weights
@@ -21,38 +22,22 @@ SCOPES = ("joint", "block")
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
-def _normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-PARAMS = {"a": {"w": _normal(0, 3, 4), "b": _normal(1, 4)}, "o": {"w": _normal(2, 4, 2)}}
-ROWS = _normal(3, 6, 2, 3)
-
-
-def _dense(p, x):
-    return x @ p["a"]["w"] + p["a"]["b"]
-
-
-def _end(p, h):
-    return jnp.sum((jnp.tanh(h) @ p["o"]["w"] - 1) ** 2)
-
-
 def complex_activation(p, x):
-    return _end(p, jnp.fft.fft(jnp.tanh(_dense(p, x[0]))).real)
+    return squared_error(p, jnp.fft.fft(jnp.tanh(dense(p, x[0]))).real)
 
 
 def complex_row(p, x):
     z = jax.lax.complex(x[0], x[1]) @ p["a"]["w"].astype(jnp.complex64)
-    return jnp.sum(jnp.abs(z) ** 2) + _end(p, z.real)
+    return jnp.sum(jnp.abs(z) ** 2) + squared_error(p, z.real)
 
 
 def complex_rows(p, x):
     z = jax.lax.complex(x, x[::-1]) @ p["a"]["w"].astype(jnp.complex64)
-    return jnp.sum(jnp.abs(z) ** 2) + _end(p, z.imag)
+    return jnp.sum(jnp.abs(z) ** 2) + squared_error(p, z.imag)
 
 
 def spectrum_of_a_weight(p, x):
-    return _end(p, x @ jnp.fft.fft(p["a"]["w"]).real)
+    return squared_error(p, x @ jnp.fft.fft(p["a"]["w"]).real)
 
 
 def spectral_norm(p, x):
@@ -64,7 +49,7 @@ def spectral_norm(p, x):
         return state[0] + 1, v / jnp.linalg.norm(v)
 
     u = jax.lax.while_loop(lambda state: state[0] < 9, turn, (0, jnp.full(4, 0.5)))[1]
-    return _end(p, x @ (w / jnp.linalg.norm(w @ u)) + p["a"]["b"])
+    return squared_error(p, x @ (w / jnp.linalg.norm(w @ u)) + p["a"]["b"])
 
 
 def padded(p, x):
@@ -72,33 +57,35 @@ def padded(p, x):
     places = jnp.array([0, 2, 3])
     h = jnp.take(p["a"]["w"], places, axis=0)
     h = jnp.where((places < 3)[:, None], h * jnp.sum(x), jnp.zeros_like(h))
-    return _end(p, jnp.sum(h, axis=0))
+    return squared_error(p, jnp.sum(h, axis=0))
 
 
 def whole_numbers(p, x):
     """No derivative by the first layer."""
     w = (3 * p["a"]["w"]).astype(jnp.int8).astype(jnp.float32)
-    return _end(p, x @ w + jnp.round(p["a"]["b"]))
+    return squared_error(p, x @ w + jnp.round(p["a"]["b"]))
 
 
 def nobody(p, x):
     """A product of no rows, and an array without entries."""
     h = x[:0] @ p["a"]["w"]
-    return _end(p, _dense(p, x)) + jnp.sum(h) + jnp.sum(p["a"]["w"][:, :0].reshape(-1))
+    return squared_error(p, dense(p, x)) + jnp.sum(h) + jnp.sum(p["a"]["w"][:, :0].reshape(-1))
 
 
 def masked(p, x):
     mask = jnp.asarray([[0.0, 1, 0.5, 2]] * 3)
-    return _end(p, x[0] @ (p["a"]["w"] * mask / 2)) + _end(p, x @ (-p["a"]["w"])[None][0])
+    return squared_error(p, x[0] @ (p["a"]["w"] * mask / 2)) + squared_error(
+        p, x @ (-p["a"]["w"])[None][0]
+    )
 
 
 def squared(p, x):
     """One weight is both inputs of an operation."""
-    return _end(p, x @ (p["a"]["w"] * p["a"]["w"]) + p["a"]["b"])
+    return squared_error(p, x @ (p["a"]["w"] * p["a"]["w"]) + p["a"]["b"])
 
 
 def checkpointed(p, x):
-    return _end(p, jax.checkpoint(lambda x: jnp.sin(_dense(p, x)))(x))
+    return squared_error(p, jax.checkpoint(lambda x: jnp.sin(dense(p, x)))(x))
 
 
 def _clip(x):
@@ -109,7 +96,7 @@ def _clip(x):
 
 def clipped_gradient(p, x):
     """Not linear in the gradient, so that not even the mean of the examples' is the batch's."""
-    return _end(p, _clip(_dense(p, x)))
+    return squared_error(p, _clip(dense(p, x)))
 
 
 FUNCTIONS = [
@@ -180,7 +167,7 @@ def test_what_has_no_second_derivative_is_named_with_the_remedies(scope):
             PARAMS,
             0,
             estimator=flipout(scope=scope),
-            example_value_fn=lambda p, x: _end(p, fused(_dense(p, x))),
+            example_value_fn=lambda p, x: squared_error(p, fused(dense(p, x))),
             batch=ROWS,
         )
 
@@ -195,8 +182,8 @@ def _wide(change):
     return example
 
 
-WIDE = {"a": {"w": _normal(0, 70, 70)}, "o": {"w": _normal(1, 70, 2)}}
-WIDE_ROWS = _normal(2, 4, 2, 70)
+WIDE = {"a": {"w": normal(0, 70, 70)}, "o": {"w": normal(1, 70, 2)}}
+WIDE_ROWS = normal(2, 4, 2, 70)
 CHANGES = {
     "times 1": lambda w: w * 1,
     "scaled": lambda w: 0.5 * w / 0.5,

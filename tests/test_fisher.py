@@ -85,12 +85,8 @@ def micro_batches():
     """Four micro-batches of three, in the memory of one: an example is then a micro-batch."""
     params, apply_fn, x, y = double(networks.mlp, n=12)
     one = jax.checkpoint(apply_fn)
-    return (
-        params,
-        lambda p, xs: jax.lax.map(lambda x: one(p, x), xs),
-        x.reshape(4, 3, -1),
-        y.reshape(4, 3),
-    )
+    rows = x.reshape(4, 3, -1), y.reshape(4, 3)
+    return params, lambda p, xs: jax.lax.map(lambda x: one(p, x), xs), *rows
 
 
 @jax.custom_vjp
@@ -111,12 +107,7 @@ fused_tanh.defvjp(lambda x: (jnp.tanh(x),) * 2, lambda y, g: (_fused_gradient(y,
 def fused():
     draws, _, x, y = double(networks.mlp, n=8)
     params = {"in": draws["Dense_0"]["kernel"], "out": draws["Dense_1"]["kernel"]}
-    return (
-        params,
-        lambda p, x: fused_tanh(x @ p["in"]) @ p["out"],
-        x,
-        y,
-    )
+    return params, lambda p, x: fused_tanh(x @ p["in"]) @ p["out"], x, y
 
 
 def regression():
@@ -217,10 +208,9 @@ def test_stacked_layers(x64):
 
     one = {"in": params["Dense_0"]["kernel"], "blocks": kernels}
     other = {"in": one["in"], "blocks_0": kernels[0], "blocks_1": kernels[1]}
-    together = layer_curvature(
-        one, 0, estimator=fisher(5), layers=stacked("blocks"), **supervised(apply_fn, x, y)
-    )
-    separate = layer_curvature(other, 0, estimator=fisher(5), **supervised(apart, x, y))
+    options = {"estimator": fisher(5), "layers": stacked("blocks")}
+    together = compiled_curvature(one, **options, **supervised(apply_fn, x, y))
+    separate = compiled_curvature(other, estimator=fisher(5), **supervised(apart, x, y))
     np.testing.assert_allclose(together.mean, separate.mean, rtol=1e-10)
 
 
@@ -267,7 +257,7 @@ def test_sharded_arrays(what, kind):
         return layer_curvature(params, 0, estimator=fisher(2), **task).mean
 
     use_layout = False
-    expected = curvature(params, inputs, targets)
+    expected = jax.jit(lambda *args: curvature(*args))(params, inputs, targets)
     use_layout = kind == AxisType.Explicit
     with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(kind,))):
         sharding = NamedSharding(jax.sharding.get_mesh(), P("data"))

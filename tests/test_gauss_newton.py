@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import linen as nn
 from jax.flatten_util import ravel_pytree
+from models import compiled_curvature
 
 from lama_optax import gauss_newton, lama_scale, layer_curvature, layer_names, stacked
 from lama_optax.curvature import gauss_newton as gauss_newton_module
@@ -296,9 +297,8 @@ def test_a_row_of_zeros_leaves_the_weights_before_it_known():
     """|h| has no derivative at h = 0, where a dead ReLU puts it."""
     params = {"first": {"w": jnp.ones((2, 3))}, "second": {"w": jnp.ones((3, 2))}}
     batch = jnp.array([[1.0, 2.0], [-1.0, -2.0]])
-    found = layer_curvature(
+    found = compiled_curvature(
         params,
-        0,
         estimator=gauss_newton(),
         example_output_fn=lambda p, x: jax.nn.relu(x @ p["first"]["w"]) @ p["second"]["w"],
         output_loss_fn=lambda z, x: jnp.sum(z**2) / 2,

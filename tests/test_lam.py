@@ -49,12 +49,11 @@ def test_lam_follows_its_rule(x64, seed, options, granularity):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_per_weight_is_rmsprop_with_eps_outside_the_root(x64, seed, dtype):
+def test_per_weight_is_rmsprop_with_eps_outside_the_root(x64, dtype):
     """The document's eps is outside the square root; optax puts it inside by default."""
-    rng = np.random.default_rng(seed)
-    params = {"w": jnp.asarray(rng.normal(size=(3, 2)), dtype)}
-    scale = jnp.asarray(rng.normal(size=(3, 2)) ** 2, dtype)
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(30, 2)), dtype)}
+    scale = jnp.asarray(rng.normal(size=(30, 2)) ** 2, dtype)
 
     def gradient(p):
         return {"w": scale * p["w"]}

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from models import compiled_curvature
 from parts import Part, draw, exact_means, tanh_with_vjp, with_activation
 
 from lama_optax import exact_trace, hutchinson, lama_adam, layer_curvature
@@ -38,7 +39,7 @@ class DropoutNet(nn.Module):
 def batch_norm(seed):
     x, y = draw(seed)(8, 2), draw(seed + 1)(8, 1)
     model = BatchNormNet()
-    variables = model.init(jax.random.key(seed), x)
+    variables = jax.jit(model.init)(jax.random.key(seed), x)
     stats = jax.tree.map(double, variables["batch_stats"])
 
     def value_fn(params):
@@ -60,7 +61,7 @@ def dropout(seed, key=0):
         outputs = model.apply({"params": params}, x, rngs={"dropout": jax.random.key(key)})
         return jnp.mean((outputs - y) ** 2)
 
-    return Part(model.init(rngs, x)["params"], value_fn)
+    return Part(jax.jit(model.init)(rngs, x)["params"], value_fn)
 
 
 TOKENS = np.asarray([[0, 2], [2, 3], [3, 0]])  # 1 and 4 of the vocabulary of 5 are never used
@@ -189,7 +190,7 @@ def test_unused_rows_of_an_embedding_stay(x64):
     # Rows of no gradient: m = 0 and v = 0, so the update is 0 / eps.
     assert moved.tolist() == [True, False, True, True, False]
     # And their zero curvature counts in the layer's mean: 4 of 10 entries are theirs.
-    c = layer_curvature(part.params, 0, estimator=exact_trace(), value_fn=part.value_fn)
+    c = compiled_curvature(part.params, estimator=exact_trace(), value_fn=part.value_fn)
     assert c.size.tolist() == [10, 2]
 
 
@@ -241,5 +242,5 @@ def test_a_frozen_part_can_be_closed_over(x64):
     def value_fn(p):
         return part.value_fn({"cell": part.params["cell"], **p})
 
-    c = layer_curvature(head, 0, estimator=exact_trace(), value_fn=value_fn)
+    c = compiled_curvature(head, estimator=exact_trace(), value_fn=value_fn)
     np.testing.assert_allclose(c.mean, exact_means(part.params, part.value_fn)[1:], rtol=1e-12)

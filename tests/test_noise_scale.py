@@ -67,7 +67,7 @@ def test_signs_give_the_formulas(model, x64):
 
 
 def test_weights_and_padding(x64):
-    params, apply_fn, inputs, targets = networks.transformer(n=5, dtype=jnp.float64)
+    params, apply_fn, inputs, targets = networks.rnn(n=5, dtype=jnp.float64)
     weights = np.random.default_rng(0).uniform(0.5, 2.0, targets.shape)
     weights[1, 3:] = weights[4] = 0  # a short sequence, and none
 

@@ -5,17 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from parts import ROWS, normal
 
 from lama_optax import flipout, gauss_newton, layer_curvature
 
 pytestmark = pytest.mark.standard_promotion
-
-
-def _normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-ROWS = _normal(3, 6, 2, 3)
 
 
 class _Normalised(nn.Module):
@@ -41,7 +35,7 @@ def _normalised(norm, shape):
     shapes = jax.eval_shape(lambda: dict(net.init(jax.random.key(0), jnp.ones((1, *shape)))))
     variables = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)  # only traced here
     params = variables.pop("params")
-    batch = _normal(0, 5, *shape)
+    batch = normal(0, 5, *shape)
 
     def apply(p, x):
         return net.apply({"params": p} | variables, x, mutable=["batch_stats"])[0]
@@ -108,7 +102,7 @@ def _estimate(params, estimator, value_fn):
 @pytest.mark.parametrize("estimator", [flipout(), gauss_newton()], ids=["flipout", "gauss_newton"])
 def test_a_value_fn_of_another_loss_is_told(estimator):
     """Where the batch's loss is no mean over examples, for whatever reason."""
-    params = {"w": _normal(0, 3, 2)}
+    params = {"w": normal(0, 3, 2)}
     with pytest.raises(ValueError, match=r"value_fn must be of one loss.*fisher\(\)"):
         _estimate(params, estimator, _centred)
     value_fns = (None, _mean, lambda p: (_mean(p), "aux"), _dropped, _centred)

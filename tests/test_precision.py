@@ -48,7 +48,7 @@ def half_loss(dtype):
 # -- estimates ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float16", "mixed", SLOW("bfloat16")])
+@pytest.mark.parametrize("dtype", ["mixed", *map(SLOW, ("float16", "bfloat16"))])
 def test_estimate_of_half_precision_parameters(dtype):
     params, loss = in_dtype(dtype)
     single = optax.tree.cast(params, jnp.float32)

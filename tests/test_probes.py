@@ -36,7 +36,10 @@ def _draws(name, dtype):
     return np.concatenate([leaf.reshape(len(keys), -1) for leaf in leaves], axis=1)
 
 
-@pytest.fixture(params=["float32", "float64", "float16", "bfloat16"])
+# Both half precisions are drawn in float32.
+@pytest.fixture(
+    params=["float32", "float64", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 def dtype(request):
     if request.param == "float64":
         request.getfixturevalue("x64")

@@ -39,15 +39,14 @@ def task_of(make, loss, weighted):
 
 
 @pytest.mark.parametrize(
-    ("make", "weighted"),
+    ("loss", "make", "weighted"),
     [
-        (networks.mlp, False),
-        (networks.transformer, True),
-        *map(SLOW, (networks.mlp, networks.transformer), (True, False)),
+        *((loss, networks.mlp, False) for loss in TARGETS),
+        ("softmax_cross_entropy", networks.rnn, True),
+        *(SLOW(loss, networks.mlp, True) for loss in TARGETS),
+        *(SLOW(loss, networks.transformer, weighted) for loss in TARGETS for weighted in (0, 1)),
     ],
-    ids=["rows", "sequences, weighted", "rows, weighted", "sequences"],
 )
-@pytest.mark.parametrize("loss", TARGETS)
 def test_all_functions_are_of_one_loss(x64, make, loss, weighted):
     params, outputs, targets, weights, task = task_of(make, loss, weighted)
     expected_losses = {

@@ -40,8 +40,8 @@ def logarithmic(axes: Axes, which: str) -> None:
         getattr(axes, f"set_{name}scale")("log")
         axis = getattr(axes, f"{name}axis")
         low, high = getattr(axes, f"get_{name}lim")()
-        # Within a decade and a half powers of ten alone are too few.
-        steps = (1.0,) if high / low > 10**1.5 else (1.0, 2.0, 5.0)
+        # Within two decades powers of ten alone are too few.
+        steps = (1.0,) if high / low > 100 else (1.0, 2.0, 5.0)
         axis.set_major_locator(LogLocator(subs=steps))
         axis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
         axis.set_minor_formatter(NullFormatter())

@@ -19,7 +19,7 @@ WAYS = {
     "Adam's second moment": ("s", ORANGE),
     "weight error alone": ("^", PURPLE),
 }
-LEAST, MOST = 0.05, 20.0
+LEAST, MOST = 0.1, 10.0
 
 
 def draw_all(folder: Path) -> None:
@@ -102,7 +102,7 @@ def _rises(models: dict[str, Any]) -> Figure:
     ]
     figure.legend(handles=handles, loc="outside right center")
     figure.suptitle(
-        f"Bits chosen by curvature cost {', '.join(ours)} of uniform bits' rise (median network)",
+        f"Bits chosen by curvature leave {', '.join(ours)} of uniform bits' rise (median network)",
         fontsize=11,
     )
     return figure

@@ -87,7 +87,6 @@ def measure(network: Network, seed: int, quick: bool) -> dict[str, Any]:
         "choices": choices,
         "seconds": seconds,
         "gradient": gradient,
-        "curvature_range": _range(curvature["fisher"][rows]),
     }
 
 
@@ -184,10 +183,6 @@ def _seconds_of_gradient(network: Network, trained: Trained, batch: Any) -> floa
         jax.block_until_ready(gradient(trained.params))
         times.append(time.perf_counter() - began)
     return float(np.median(times))
-
-
-def _range(values: np.ndarray) -> float:
-    return float(values.max() / max(values.min(), 1e-30))
 
 
 class _Rounder:

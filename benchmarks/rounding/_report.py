@@ -24,10 +24,9 @@ def report(summary: dict[str, Any]) -> str:
     sections = []
     for name, trainings in summary["models"].items():
         loss = _show([t["loss"] for t in trainings], "{:.3f}")
-        ranges = _show([t["curvature_range"] for t in trainings], "{:.0f}")
         sections.append(
-            f"{titles[name]}; trainings: {len(trainings)}, held-out loss {loss}, matrices:"
-            f" {trainings[0]['layers']}, whose curvature differs {ranges} times"
+            f"{titles[name]}; trainings: {len(trainings)}, held-out loss {loss}, arrays that are"
+            f" rounded: {trainings[0]['layers']}"
         )
         sections += [_predictions(trainings), _choices(trainings), _times(trainings)]
     sections.append(

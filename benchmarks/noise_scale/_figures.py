@@ -45,7 +45,9 @@ def _steps(models: dict[str, Any]) -> Figure:
             band = "by the middle half of what was tracked"
             axes.fill_between(line, low, high, color=VERMILLION, alpha=0.2, linewidth=0, label=band)
             title += f": noise scale {scales[1]:.0f}"
-        axes.plot(batches, steps, "o", color=BLUE, label="measured, each batch at its best rate")
+        ends = np.abs(np.asarray(list(found["range"].values())).T - steps)
+        label = "measured, each batch at its best rate; bar: all seeds"
+        axes.errorbar(batches, steps, ends, fmt="o", color=BLUE, label=label)
         logarithmic(axes, "xy")
         axes.set_xticks(batches, [str(batch) for batch in batches])
         axes.set_title(title)

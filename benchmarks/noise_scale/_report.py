@@ -67,6 +67,9 @@ def _targets(runs: Sequence[Outcome]) -> dict[str, Any]:
         steps, critical, error = fit(best)
         found[target] = {
             "steps": {batch: value for batch, (value, _) in best.items()},
+            "range": {
+                batch: _range(runs, target, batch, rate) for batch, (_, rate) in best.items()
+            },
             "least_steps": steps,
             "critical": critical,
             "error": error,
@@ -94,6 +97,16 @@ def _best(
         if options and np.isfinite(min(options)[0]):
             best[batch] = min(options)
     return best
+
+
+def _range(runs: Sequence[Outcome], target: str, batch: int, rate: float) -> tuple[float, float]:
+    """The fewest and the most steps of a seed."""
+    steps = [
+        result["reached"][target]
+        for unit, result in runs
+        if (unit["batch"], unit["rate"]) == (batch, rate)
+    ]
+    return min(steps), max(steps)
 
 
 def fit(best: dict[int, tuple[float, float]]) -> tuple[float, float, float]:

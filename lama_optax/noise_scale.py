@@ -89,7 +89,8 @@ def track_noise_scale(
       update_interval: estimate by signs at every n-th step, from the first. Groups are averaged at
         every step, whatever it is.
       decay: d, decay of the bias-corrected moving average over the estimates, in [0, 1), which
-        lags behind by ``1 / (1 - d)`` of them. 0 keeps the last alone, of which nothing is known.
+        lags behind by ``1 / (1 - d)`` of them: let these be a small part of the run, since the
+        interval does not hold that lag. 0 keeps the last alone, of which nothing is known.
       axis_name: name of the mapped axis inside `jax.shard_map` or `jax.pmap`. Each device then
         draws signs of its own, or passes its own groups, one or more; updates are the mean over
         all, and L + 1 numbers travel. Plain `jit` over sharded arrays needs none.

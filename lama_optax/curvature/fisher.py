@@ -89,7 +89,8 @@ def fisher(num_samples: int = 1) -> _Fisher:
     that are piecewise linear in each single parameter (dense layers, convolutions and biases with
     ReLU, each used once), and about so where the data are fitted. Elsewhere the two part. On the
     MLP and the CNN of ``python -m benchmarks.traces``, which are of ReLU, the traces of every layer
-    agree within 3 %.
+    agree within 3 %. On its transformer the Gauss-Newton trace is 0.88 of the Hessian's in the
+    median layer, and from 0.49 to 1.03 of it.
 
     Args:
       num_samples: how many times the vectors are drawn, each for one forward and one backward

@@ -23,7 +23,7 @@ class NoiseScaleState(NamedTuple):
 
     # All of it is finite: float32, or float64 where a parameter is.
     #: shape=(), dtype=int32; updates made
-    count: jax.Array  # type: ignore[assignment]
+    count: jax.Array  # type: ignore[assignment]  # a tuple's method
     mean: jax.Array  #: shape=(2, L + 1); averages of tr(Sigma) / scale and ``|G|^2 / scale``
     spread: jax.Array  #: shape=(2, 2, L + 1); weighted covariance of the estimates in them
     weight: jax.Array  #: shape=(L + 1,); sum of the averages' weights, 0 before an estimate

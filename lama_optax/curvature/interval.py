@@ -49,7 +49,7 @@ class Interval:
 
     def when_due(self, state: State, estimate: Callable[[jax.Array], State]) -> State:
         """``estimate(key of this step)`` at every n-th step, from the first; else ``state``."""
-        count, first_key = state.count, state.key  # type: ignore[attr-defined]
+        count, first_key = state.count, state.key  # type: ignore[attr-defined]  # see Interval
 
         def now() -> State:
             impl = jax.random.key_impl(as_typed_key(self.key))

@@ -24,7 +24,7 @@ class CurvatureState(NamedTuple):
     """State of `track_curvature`; L layers in the order of `layer_names`. All of it is finite."""
 
     #: shape=(), dtype=int32; updates made
-    count: jax.Array  # type: ignore[assignment]
+    count: jax.Array  # type: ignore[assignment]  # a tuple's method
     curvature: jax.Array  #: shape=(L,), float32 (float64 where a parameter is); the average of H_l
     spread: jax.Array  #: shape=(L,), same dtype; weighted variance of the estimates in it
     weight: jax.Array  #: shape=(L,), same dtype; sum of the average's weights, 0 before an estimate

@@ -36,7 +36,7 @@ class LamaState(NamedTuple):
     tracker: CurvatureState  #: count, curvature (Eq. 8) and its standard error
 
     @property
-    def count(self) -> jax.Array:  # type: ignore[override]
+    def count(self) -> jax.Array:  # type: ignore[override]  # a tuple's method
         """Updates made, shape ()."""
         return self.tracker.count
 

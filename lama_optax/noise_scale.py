@@ -70,7 +70,7 @@ def track_noise_scale(
 
     With weights :math:`w_i`, :math:`e_i w_i` stand for the signs, :math:`\sum_i w_i^2` for the
     first B, and :math:`(\sum_i w_i)^2 / \sum_i w_i^2` for the others. The gradients
-    :math:`g_1 \dots g_G` of G groups give it for nothing:
+    :math:`g_1 \dots g_G` of G groups give it without another pass:
 
     .. math::
       s = \frac{B}{G} \frac{\sum_k \lVert g_k - \bar g \rVert^2}{G - 1}, \qquad

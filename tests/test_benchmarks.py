@@ -99,20 +99,15 @@ def test_cost_measures_and_reports(tmp_path, monkeypatch):
     names = {path.name for path in folder.iterdir()}
     assert {"steps.png", "results.txt", "results.json"} <= names
     text = (folder / "results.txt").read_text()
-    for phrase in (ADAM, "over Adam", "temp, MiB", "K=64, MiB"):
-        assert phrase in text
-    results = json.loads((folder / "results.json").read_text())
-    steps = results["models"]["mlp"]["steps"]["first order"]
-    assert steps[ADAM]["over_adam"] == {"median": 1, "low": 1, "high": 1}
-
-    tracking = (folder / "tracking.txt").read_text()
     for phrase in (
         "track_curvature(fisher())",
         "compile, s",
         "over that of a gradient",
         "below 10",
     ):
-        assert phrase in tracking
+        assert phrase in text
+    results = json.loads((folder / "results.json").read_text())
+    assert results["models"]["mlp"]["steps"][ADAM]["over_adam"] == 1
 
     before = (folder / "measurements.jsonl").read_bytes()
     monkeypatch.setattr(Step, "run", None)  # measuring would raise

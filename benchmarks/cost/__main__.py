@@ -1,41 +1,32 @@
-"""Measures, prints the tables, writes the pictures: the door of `python -m benchmarks.cost`."""
+"""Measures, prints the tables, writes the picture: the door of `python -m benchmarks.cost`."""
 
-import functools
 import sys
 from collections.abc import Sequence
 
 from benchmarks.lab._jobs import Models, Settings, common_settings, finish, parser
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[Settings, str | None]:
+def parse(argv: Sequence[str] | None = None) -> Settings:
     """Reads the command line; a wrong option ends the program with a message that names it."""
     command_line = parser(
         "benchmarks.cost",
-        "Times training steps with curvature against Adam's, and their memory.",
+        "Times training steps with curvature against Adam's, their compilation and memory.",
         "results/cost",
     )
-    command_line.add_argument(
-        "--only",
-        choices=("steps", "tracking"),
-        default=None,
-        help="measure only LAMA's and others' steps, or only track_curvature's (default: both)",
-    )
-    options = command_line.parse_args(argv)
-    return common_settings(command_line, options), options.only
+    return common_settings(command_line, command_line.parse_args(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is not measured yet and reports on all; returns the exit status."""
-    settings, only = parse(argv)
-    return finish(lambda: _run(settings, only))
+    settings = parse(argv)
+    return finish(lambda: _run(settings))
 
 
-def _run(settings: Settings, only: str | None) -> None:
+def _run(settings: Settings) -> None:
     import jax
 
-    from benchmarks.cost import _steps, _tracking
-    from benchmarks.cost import _tracking_report as tracking
     from benchmarks.cost._figures import draw_all
+    from benchmarks.cost._measure import jobs
     from benchmarks.cost._report import report, summarize
     from benchmarks.lab._environment import context
     from benchmarks.lab._jobs import run_jobs
@@ -45,19 +36,10 @@ def _run(settings: Settings, only: str | None) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     models = Models(settings)
     store = Store(settings.results / "measurements.jsonl", context())
-
-    save = functools.partial(save_results, settings.results, store.context)
-    if only != "tracking":
-        jobs = list(_steps.jobs(settings, models))
-        outcomes = run_jobs(store, jobs, "benchmarks.cost")
-        summary = summarize(outcomes, models, settings.quick)
-        save("results", summary, report(summary))
-        draw_all(settings.results)
-    if only != "steps":
-        jobs = list(_tracking.jobs(settings, models))
-        outcomes = run_jobs(store, jobs, "benchmarks.cost, track_curvature")
-        summary = tracking.summarize(outcomes, models)
-        save("tracking", summary, tracking.report(summary))
+    outcomes = run_jobs(store, list(jobs(settings, models)), "benchmarks.cost")
+    summary = summarize(outcomes, models)
+    save_results(settings.results, store.context, "results", summary, report(summary))
+    draw_all(settings.results)
 
 
 if __name__ == "__main__":

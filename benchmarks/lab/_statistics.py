@@ -16,11 +16,6 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    @property
-    def holds_zero(self) -> bool:
-        """Whether the interval leaves the sign open."""
-        return not (self.low > 0 or self.high < 0)
-
 
 def half_width(spread: float, count: int, level: float = LEVEL) -> float:
     """From the mean of so many values, of this standard deviation, to the end of its interval."""

@@ -5,30 +5,21 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.lab._jobs import Models
 from benchmarks.lab._models import Batch, Model, Params
-from benchmarks.lab._timing import (
-    Spread,
-    Visit,
-    interleave,
-    median_interval,
-    paired_ratio,
-    paired_ratios,
-)
+from benchmarks.lab._timing import Visit
 from lama_optax import (
     Estimator,
     fisher,
     flipout,
     hutchinson,
     lama_adam,
-    lama_scale,
     layer_curvature,
     layer_names,
     track_curvature,
@@ -37,7 +28,6 @@ from lama_optax import (
 LEARNING_RATE = 1e-3
 ADAM = "optax.adam"
 GIVEN = "LAMA, curvature given"
-CARRYING = "optax.adam, LAMA's arrays passed on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,79 +35,35 @@ class Contender:
     """An optimizer and what its step contains."""
 
     tx: optax.GradientTransformation
-    interval: int = 1  # steps from one estimate to the next; 0: never
+    interval: int = 1  # steps from one estimate to the next
     given: bool = False  # whether curvature is given to it, so that it makes no estimate
 
 
-def first_order() -> dict[str, Contender]:
-    """Optimizers that need the gradient alone, and LAMA where it makes no estimate."""
-    rate = LEARNING_RATE
-    return {
-        ADAM: Contender(optax.adam(rate), 0),
-        CARRYING: Contender(optax.chain(optax.adam(rate), _carry()), 0),
-        "optax.amsgrad": Contender(optax.amsgrad(rate), 0),
-        "optax.radam": Contender(optax.radam(rate), 0),
-        GIVEN: Contender(lama_adam(rate), given=True),
-    }
-
-
-def _carry() -> optax.GradientTransformation:
-    """Does nothing, with a state of what `lama_scale` keeps beside Adam's moments."""
-
-    def init(params: Params) -> Any:
-        return lama_scale().init(params)._replace(mu=(), nu=())
-
-    return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
-
-
-#: What LAMA is measured with: label -> estimator.
-ESTIMATORS: dict[str, Estimator] = {
-    "K=10 vmapped, the paper's": hutchinson(10, chunk_size=10),
-    "K=10": hutchinson(10),
-    "K=1": hutchinson(1),
-    "flipout joint": flipout(1, scope="joint"),
-    "flipout block": flipout(1, scope="block"),
-}
-
-
-def default_flipout(num_layers: int) -> str:
-    """The label of what `flipout()` chooses as it comes: it unrolls up to 8 layers."""
-    return "flipout block" if num_layers <= 8 else "flipout joint"
-
-
-def with_curvature(intervals: tuple[int, ...] = (1, 10)) -> dict[str, Contender]:
-    """Optimizers that estimate curvature, beside Adam; Sophia at its own interval."""
-    rate = LEARNING_RATE
-    sophia = Contender(optax.contrib.sophia(rate), _default_interval(optax.contrib.sophia))
-    result = {
-        ADAM: Contender(optax.adam(rate), 0),
-        f"optax.contrib.sophia, every {sophia.interval}": sophia,
-    }
-    for label, estimator in ESTIMATORS.items():
-        for interval in intervals:
-            tx = lama_adam(rate, estimator=estimator, update_interval=interval)
-            result[f"LAMA, {label}, every {interval}"] = Contender(tx, interval)
-    result["lama_adam as it comes"] = Contender(lama_adam(rate), _default_interval(lama_adam))
-    return result
-
-
-def with_tracker() -> dict[str, Contender]:
-    """`optax.adam` alone and with curvature measured beside it."""
-    rate = LEARNING_RATE
+def contenders() -> dict[str, Contender]:
+    """Adam alone, with curvature measured beside it, LAMA, and Sophia at its own interval."""
 
     def tracked(estimator: Estimator) -> Contender:
         tracker = track_curvature(estimator, update_interval=10)
-        return Contender(optax.chain(tracker, optax.adam(rate)), 10)
+        return Contender(optax.chain(tracker, optax.adam(LEARNING_RATE)), 10)
 
+    def lama(interval: int, **options: Any) -> Contender:
+        return Contender(lama_adam(LEARNING_RATE, update_interval=interval, **options), interval)
+
+    parameters = inspect.signature(optax.contrib.sophia).parameters
+    sophia: int = parameters["update_interval"].default
     return {
-        ADAM: Contender(optax.adam(rate), 0),
-        "optax.adam, track_curvature(fisher()) every 10": tracked(fisher()),
-        "optax.adam, track_curvature(hutchinson(1)) every 10": tracked(hutchinson(1)),
+        ADAM: Contender(optax.adam(LEARNING_RATE)),
+        f"{ADAM}, track_curvature(fisher()) every 10": tracked(fisher()),
+        f"{ADAM}, track_curvature(hutchinson(1)) every 10": tracked(hutchinson(1)),
+        f"{ADAM}, track_curvature(flipout(1)) every 10": tracked(flipout(1)),
+        GIVEN: Contender(lama_adam(LEARNING_RATE), given=True),
+        "LAMA, fisher() every 10": lama(10, estimator=fisher()),
+        "LAMA, hutchinson(1) every 10, the default": lama(10),
+        "LAMA, hutchinson(10) every step, the paper's": lama(1, estimator=hutchinson(10)),
+        f"optax.contrib.sophia every {sophia}": Contender(
+            optax.contrib.sophia(LEARNING_RATE), sophia
+        ),
     }
-
-
-def _default_interval(make: Callable[..., Any]) -> int:
-    return inspect.signature(make).parameters["update_interval"].default
 
 
 class Step:
@@ -194,7 +140,7 @@ class Step:
 
     def visit(self) -> Visit:
         """For `interleave`: whole intervals, so that each estimate is paid by its steps."""
-        interval = max(1, self._contender.interval)
+        interval = self._contender.interval
 
         def visit(window: float) -> float:
             seconds, steps = self.run(interval), interval
@@ -206,47 +152,6 @@ class Step:
             return seconds / steps
 
         return visit
-
-
-class Steps:
-    """The steps of several contenders on one model, compiled when they are first needed."""
-
-    def __init__(self, models: Models, name: str, contenders: dict[str, Contender]):
-        self._models, self._name, self._contenders = models, name, contenders
-
-    @functools.cached_property
-    def built(self) -> dict[str, Step]:
-        """By label."""
-        model = self._models[self._name]
-        return {label: Step(model, contender) for label, contender in self._contenders.items()}
-
-    def times(self, rounds: int, window: float, seed: list[int]) -> dict[str, list[float]]:
-        """Seconds a step, of each contender and round."""
-        for step in self.built.values():
-            step.run(1)  # compiled, and its code and arrays in the caches
-        visits = {label: step.visit() for label, step in self.built.items()}
-        return interleave(visits, rounds, window, seed)
-
-    def temp_bytes(self) -> dict[str, int]:
-        """Bytes that each compiled step needs beside its arguments and results."""
-        return {
-            label: step.compiled.memory_analysis().temp_size_in_bytes
-            for label, step in self.built.items()
-        }
-
-
-def over_adam(blocks: Sequence[dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
-    """Of each contender, from blocks of rounds: seconds, and their ratio to Adam's."""
-    seconds = {label: [s for block in blocks for s in block[label]] for label in blocks[0]}
-    return {
-        label: {
-            "seconds": Spread.of(times),
-            "over_adam": paired_ratio(seconds, label, ADAM),
-            "interval": median_interval(paired_ratios(seconds, label, ADAM)),
-            "rounds": len(times),
-        }
-        for label, times in seconds.items()
-    }
 
 
 def peak_bytes(program: Any) -> int:

@@ -46,11 +46,6 @@ def paired_ratios(seconds: Mapping[str, Sequence[float]], name: str, reference: 
     return np.divide(seconds[name], seconds[reference]).tolist()
 
 
-def paired_ratio(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> Spread:
-    """The median and the range of `paired_ratios`."""
-    return Spread.of(paired_ratios(seconds, name, reference))
-
-
 def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95 % interval of the median, by order statistics; None below six values.
 

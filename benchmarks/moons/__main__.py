@@ -26,7 +26,7 @@ def _run(settings: Settings) -> int:
     from benchmarks.moons._experiment import run
     from benchmarks.moons._figures import draw_all
     from benchmarks.moons._report import diverged_by_momentum, report
-    from benchmarks.moons._summary import summarize, verdict
+    from benchmarks.moons._summary import summarize
     from benchmarks.moons._train import Trainer
 
     began = time.perf_counter()
@@ -37,7 +37,6 @@ def _run(settings: Settings) -> int:
     trainer = Trainer(settings)
     outcome = run(trainer)
     results = summarize(trainer, outcome)
-    results["verdict"] = verdict(results)
     text = report(results)
     settings.results.mkdir(parents=True, exist_ok=True)
     draw_all(settings, trainer.runs, results, outcome)

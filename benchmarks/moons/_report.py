@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.lab._statistics import Interval
 from benchmarks.lab._tables import table
-from benchmarks.moons._summary import settings_epoch, verdict
+from benchmarks.moons._summary import settings_epoch
 
 #: What the table of traces shows of each layer -> its words.
 TRACE_COLUMNS = {
@@ -96,8 +96,8 @@ def _paper(results: dict[str, Any]) -> str:
     return (
         "Table 1 and the loss of Figure 1, three ways\n"
         + table(header, rows)
-        + "\nThe loss is the mean of the epoch's batch losses, each before its step.\n\n"
-        + textwrap.fill(verdict(results), 100)
+        + "\nThe loss is the mean of the epoch's batch losses, each before its step. From seed to"
+        f"\nseed Adam's accuracy has a standard deviation of {adam['accuracy_std']:.1f} points."
     )
 
 

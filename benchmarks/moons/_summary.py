@@ -1,7 +1,6 @@
 """From runs to numbers: the dictionary that results.json holds and the tables print."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -162,47 +161,6 @@ def _divergence(names: tuple[str, ...], history: History) -> dict[str, Any]:
         "largest_momentum": reached,
         "median_loss_ratio": float(np.median(history.final_loss / history.initial_loss)),
     }
-
-
-def verdict(results: dict[str, Any]) -> str:
-    """One sentence on Adam and LAMA-Adam, from the numbers alone."""
-    settings, lama = results["settings"], results["optimizers"]["lama"]
-    accuracy: Interval = lama["accuracy_minus_adam"]
-    loss: Interval = lama["loss_minus_adam"]
-    seeds, adam_loss = settings["seeds"], results["optimizers"]["adam"]["loss"].mean
-    paper = PAPER["lama"]["accuracy"] - PAPER["adam"]["accuracy"]
-    diverged = results["divergence"]["lama"]["seeds"]
-    if diverged:
-        return f"LAMA-Adam diverged on {diverged} of {seeds} seeds: there is nothing to compare."
-    if math.isnan(accuracy.low):
-        return (
-            f"One seed cannot tell LAMA-Adam ({accuracy.mean:+.2f} points) from chance, here or in"
-            " the paper: run more with --seeds."
-        )
-    word = "better" if accuracy.mean > 0 else "worse"
-    what = f"With these settings and this learning rate LAMA-Adam classifies {word} than Adam"
-    if accuracy.holds_zero:
-        what = "With these settings LAMA-Adam's accuracy cannot be told from Adam's"
-    what += (
-        f" ({accuracy.mean:+.3f} points, 95 % interval {accuracy.low:+.3f} to {accuracy.high:+.3f})"
-    )
-    share = 100 * abs(loss.mean) / adam_loss
-    if loss.holds_zero:
-        then = "its loss cannot be told from Adam's either"
-    else:
-        word = "lower" if loss.mean < 0 else "higher"
-        then = f"its loss at epoch {settings_epoch(settings)} is {share:.2g} % {word}"
-    gains = [layer["gain"].mean for layer in lama["by_layer"].values()]
-    if max(abs(math.log(gain)) for gain in gains) > 0.05:
-        then += (
-            f", while Eq. 6 multiplies its step size by {min(gains):.2f} to {max(gains):.2f}, which"
-            " Adam gets from its learning rate"
-        )
-    chance = results["optimizers"]["adam"]["accuracy_std"]
-    return (
-        f"{what} and {then}; the paper's {paper:+.2f} points come from one seed, and from seed to"
-        f" seed Adam's own accuracy has a standard deviation of {chance:.1f} points."
-    )
 
 
 def settings_epoch(settings: dict[str, Any]) -> int:

@@ -25,7 +25,7 @@ INTERVALS = {
     "signs, every 50": 50,
     PER_EXAMPLE: 1,
 }
-BATCH, ROUNDS = 16, 12
+BATCH, ROUNDS = 16, 48
 
 
 def jobs(settings: Settings, machine: dict[str, Any]) -> Iterator[Job]:

@@ -8,7 +8,7 @@ import pandas as pd
 from scipy.optimize import least_squares
 
 from benchmarks.lab._jobs import Outcome
-from benchmarks.lab._timing import Spread, paired_ratio
+from benchmarks.lab._timing import median_interval, paired_ratios
 from benchmarks.noise_scale._cost import ALONE, INTERVALS
 from benchmarks.noise_scale._workloads import workloads
 
@@ -207,15 +207,17 @@ def _targets_table(targets: dict[str, Any]) -> str:
 def _cost_table(cost: dict[str, Any]) -> str:
     lines = []
     for name in INTERVALS:
-        ratio: Spread = paired_ratio(cost["seconds"], name, ALONE)
+        ratios = paired_ratios(cost["seconds"], name, ALONE)
+        interval = median_interval(ratios)
+        bounds = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
         lines.append(
             {
                 "": name,
-                "time": f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
+                "time": f"{np.median(ratios):.2f}{bounds}",
                 "memory": f"{cost['memory'][name] / cost['memory'][ALONE]:.2f}",
             }
         )
     return (
-        "A step over optax.adam's, medians over rounds in which all took turns, [least, most]\n"
-        + pd.DataFrame(lines).to_string(index=False)
+        f"A step over optax.adam's: median over {len(cost['seconds'][ALONE])} rounds in which all"
+        " took turns, [95 % interval of it]\n" + pd.DataFrame(lines).to_string(index=False)
     )

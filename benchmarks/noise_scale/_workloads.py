@@ -106,56 +106,14 @@ def workloads(quick: bool = False) -> dict[str, Workload]:
     if quick:
         tiny = (MLP((8, 10)), False, (8, 32), (1.0,), 1, (1.5,), 4e-3, (20, 10))
         return {"mlp": Workload("mlp", "MLP 64-8-10, digits", *tiny)}
-    small, large = GPT(32), GPT(96)
     losses = (3.0, 2.8, 2.6, 2.4)
+    small = (GPT(32), True, _POWERS, _RATES, 3, losses, 4e-3, (120, 50))
+    large = (GPT(96), True, (4, 16, 32, 64, 128), (0.7, 1.4), 2, losses, 2e-3, (100, 50))
+    digits = (False, _POWERS, _RATES, 3, (0.5, 0.3, 0.2, 0.1), 2e-3)
     found = (
-        Workload(
-            "gpt-70k",
-            "GPT, 70 k parameters, Optax's source",
-            small,
-            True,
-            _POWERS,
-            _RATES,
-            3,
-            losses,
-            4e-3,
-            (120, 50),
-        ),
-        Workload(
-            "gpt-500k",
-            "GPT, 0.5 M parameters, Optax's source",
-            large,
-            True,
-            (4, 16, 32, 64, 128),
-            (0.7, 1.4),
-            2,
-            losses,
-            2e-3,
-            (100, 50),
-        ),
-        Workload(
-            "cnn",
-            "CNN 8-16, digits",
-            CNN((8, 16)),
-            False,
-            _POWERS,
-            _RATES,
-            3,
-            (0.5, 0.3, 0.2, 0.1),
-            2e-3,
-            (60, 30),
-        ),
-        Workload(
-            "mlp",
-            "MLP 64-64-64-10, digits",
-            MLP((64, 64, 10)),
-            False,
-            _POWERS,
-            _RATES,
-            3,
-            (0.5, 0.3, 0.2, 0.1),
-            2e-3,
-            (40, 30),
-        ),
+        Workload("gpt-70k", "GPT, 70 k parameters, Optax's source", *small),
+        Workload("gpt-500k", "GPT, 0.5 M parameters, Optax's source", *large),
+        Workload("cnn", "CNN 8-16, digits", CNN((8, 16)), *digits, (60, 30)),
+        Workload("mlp", "MLP 64-64-64-10, digits", MLP((64, 64, 10)), *digits, (40, 30)),
     )
     return {workload.name: workload for workload in found}

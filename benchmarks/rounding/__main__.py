@@ -31,16 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _jobs(settings: Settings) -> Iterator[Job]:
     """Training by training, so that an interruption leaves all networks with fewer trainings."""
-    from benchmarks.rounding._measure import measure
+    from benchmarks.rounding._measure import measure, measure_on_validation
     from benchmarks.rounding._networks import networks
 
+    sections = {"rounding": measure, "validation": measure_on_validation}
     for seed in range(1 if settings.quick else TRAININGS):
         for name, network in networks(settings.quick).items():
             if name in settings.models:
                 own = settings.seed + seed
-                unit = {"section": "rounding", "protocol": PROTOCOL, "model": name, "seed": own}
-                unit["quick"] = settings.quick
-                yield Job(unit, functools.partial(measure, network, own, settings.quick))
+                unit = {"protocol": PROTOCOL, "model": name, "seed": own, "quick": settings.quick}
+                for section, work in sections.items():
+                    job = functools.partial(work, network, own, settings.quick)
+                    yield Job({"section": section} | unit, job)
 
 
 def _run(settings: Settings) -> None:

@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.rounding._networks import Network, Trained
 from lama_optax import (
+    Estimator,
     LayerCurvature,
     fisher,
     flipout,
@@ -26,7 +27,11 @@ from lama_optax.rounding import allocate_bits, round_symmetric
 #: Widths of the random configurations, and those that a choice is made from.
 RANDOM_WIDTHS, WIDTHS = (3, 4, 5, 6, 8), (2, 3, 4, 5, 6, 8)
 CONFIGURATIONS, BATCHES = 100, 16
-ESTIMATORS = {"fisher": fisher(), "hutchinson": hutchinson(1), "flipout": flipout(1)}
+ESTIMATORS: dict[str, Estimator] = {
+    "fisher": fisher(),
+    "hutchinson": hutchinson(1),
+    "flipout": flipout(1),
+}
 BUDGETS = (4, 3)
 
 
@@ -38,23 +43,19 @@ def measure(network: Network, seed: int, quick: bool) -> dict[str, Any]:
     loss = {part: _loss(network, trained, part) for part in ("test", "validation")}
     start = {part: float(loss[part](params)) for part in loss}
     rng = np.random.default_rng([seed, 2])
-    examples = [network.batch(rng, network.batch_size) for _ in range(batches)]
+    examples = _examples(network, rng, batches)
     curvature, seconds = _curvature(network, trained, examples, seed)
     gradient = _seconds_of_gradient(network, trained, examples[0])
 
     rounder = _Rounder(params)
-    rows = np.asarray(rounder.rows)
-    configured = [
-        {int(row): int(rng.choice(RANDOM_WIDTHS)) for row in rows} for _ in range(configurations)
-    ]
+    configured = rounder.configurations(rng, configurations)
     rises = [float(loss["test"](rounder.tree(c))) - start["test"] for c in configured]
     prediction, pairs = {}, {}
     for way, values in curvature.items():
         predicted = [rounder.predict(values, c) for c in configured]
-        ratio = np.median(np.divide(predicted, rises))
         if way == "fisher":
             pairs = {"predicted": predicted, "measured": rises}
-        prediction[way] = {"rank": float(spearmanr(predicted, rises)[0]), "ratio": float(ratio)}
+        prediction[way] = _agreement(predicted, rises)
 
     choices: dict[str, Any] = {}
     greedy = rounder.greedy(loss["validation"])
@@ -81,13 +82,46 @@ def measure(network: Network, seed: int, quick: bool) -> dict[str, Any]:
     return {
         "loss": start["test"],
         "accuracy": _accuracy(network, trained, params),
-        "layers": len(rows),
+        "layers": len(rounder.rows),
         "prediction": prediction,
         "pairs": pairs,
         "choices": choices,
         "seconds": seconds,
         "gradient": gradient,
     }
+
+
+def measure_on_validation(network: Network, seed: int, quick: bool) -> dict[str, Any]:
+    """The same training and configurations, with `fisher` on data that training did not see."""
+    trained = network.train(seed)
+    configurations, batches = (5, 2) if quick else (CONFIGURATIONS, BATCHES)
+    loss = _loss(network, trained, "test")
+    start = float(loss(trained.params))
+    rng = np.random.default_rng([seed, 2])
+    _examples(network, rng, batches)  # so that what follows is drawn alike
+    rounder = _Rounder(trained.params)
+    configured = rounder.configurations(rng, configurations)
+    rises = [float(loss(rounder.tree(c))) - start for c in configured]
+    examples = _examples(network, np.random.default_rng([seed, 3]), batches, "validation")
+    values, _ = _estimate(network, trained, examples, seed, fisher())
+    choices = {}
+    for budget in BUDGETS:
+        tree, _ = _chosen(values, trained.params, budget, max_change=1.0)
+        rise, accuracy = float(loss(tree)) - start, _accuracy(network, trained, tree)
+        choices[str(budget)] = {"rise": rise, "accuracy": accuracy}
+    predicted = [rounder.predict(values, c) for c in configured]
+    return {"prediction": _agreement(predicted, rises), "choices": choices}
+
+
+def _examples(
+    network: Network, rng: np.random.Generator, batches: int, part: str = "train"
+) -> list[Any]:
+    return [network.batch(rng, network.batch_size, part) for _ in range(batches)]
+
+
+def _agreement(predicted: list[float], rises: list[float]) -> dict[str, float]:
+    ratio = np.median(np.divide(predicted, rises))
+    return {"rank": float(spearmanr(predicted, rises)[0]), "ratio": float(ratio)}
 
 
 def _chosen(
@@ -126,41 +160,44 @@ def _accuracy(network: Network, trained: Trained, params: Any) -> float:
 def _curvature(
     network: Network, trained: Trained, examples: list[Any], seed: int
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Way -> each leaf's curvature; and the seconds that the estimators took, compiled."""
+    """Way -> each leaf's curvature; and the seconds that the estimators took."""
     params = trained.params
-
-    def apply_fn(p: Any, x: jax.Array) -> jax.Array:
-        return network.apply(p, trained.statistics, x)
-
     found, seconds = {}, {}
     for way, estimator in ESTIMATORS.items():
-
-        def run(count: int, estimator: Any = estimator) -> LayerCurvature:
-            tasks = (supervised(apply_fn, *batch) for batch in examples[:count])
-            return layer_curvature(params, seed, estimator=estimator, layers="leaf", batches=tasks)
-
-        run(2)
-        began = time.perf_counter()
-        found[way] = np.asarray(run(len(examples)).mean, np.float64)
-        seconds[way] = time.perf_counter() - began
+        _estimate(network, trained, examples[:2], seed, estimator)
+        found[way], seconds[way] = _estimate(network, trained, examples, seed, estimator)
     layers = resolve_layers("leaf", params)
-    found["empirical Fisher"] = _empirical(apply_fn, params, examples, layers)
+    found["empirical Fisher"] = _empirical(network, trained, examples, layers)
     second = layers.sum(trained.second_moment)
     found["Adam's second moment"] = np.asarray(layers.average(second), np.float64)
     found["weight error alone"] = np.ones(len(layer_names(params, "leaf")))
     return found, seconds
 
 
-def _empirical(apply_fn: Any, params: Any, examples: list[Any], layers: Any) -> np.ndarray:
+def _estimate(
+    network: Network, trained: Trained, examples: list[Any], seed: int, estimator: Estimator
+) -> tuple[np.ndarray, float]:
+    """Each leaf's curvature, and the seconds that it took, with compilation."""
+
+    def apply_fn(params: Any, x: jax.Array) -> jax.Array:
+        return network.apply(params, trained.statistics, x)
+
+    began = time.perf_counter()
+    tasks = (supervised(apply_fn, *batch) for batch in examples)
+    found = layer_curvature(trained.params, seed, estimator=estimator, layers="leaf", batches=tasks)
+    return np.asarray(found.mean, np.float64), time.perf_counter() - began
+
+
+def _empirical(network: Network, trained: Trained, examples: list[Any], layers: Any) -> np.ndarray:
     """Squared gradients of the examples, with the data's own targets."""
 
     @jax.jit
     def one(batch: Any) -> jax.Array:
         def loss(p: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-            logits = apply_fn(p, x[None])[0]
+            logits = network.apply(p, trained.statistics, x[None])[0]
             return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, y))
 
-        each = jax.vmap(jax.grad(loss), (None, 0, 0))(params, *batch)
+        each = jax.vmap(jax.grad(loss), (None, 0, 0))(trained.params, *batch)
         # A prediction is a position: an example of t positions has t of them.
         count = batch[1].size
         return layers.average(
@@ -197,6 +234,10 @@ class _Rounder:
             for row in self.rows
             for width in WIDTHS
         }
+
+    def configurations(self, rng: np.random.Generator, count: int) -> list[dict[int, int]]:
+        """Widths of all matrices, at random."""
+        return [{row: int(rng.choice(RANDOM_WIDTHS)) for row in self.rows} for _ in range(count)]
 
     def tree(self, widths: dict[int, int]) -> Any:
         """The parameters with each matrix at its width."""

@@ -13,22 +13,10 @@ import optax
 from benchmarks.lab import _corpus as corpus
 from benchmarks.lab import _data as data
 from benchmarks.lab._gpt import GPT, Block
+from benchmarks.lab._models import MLP
 
 CONTEXT = 64
 Batch = tuple[jax.Array, jax.Array]
-
-
-class MLP(nn.Module):
-    """64-64-64-10 with ReLU."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Logits, shape (n, 10), of pictures, shape (n, 8, 8, 1)."""
-        del train
-        x = x.reshape(len(x), -1)
-        for _ in range(2):
-            x = nn.relu(nn.Dense(64)(x))
-        return nn.Dense(10)(x)
 
 
 class BatchNormCNN(nn.Module):
@@ -47,9 +35,8 @@ class ViT(nn.Module):
     """A transformer on the 16 patches of 2x2 pixels: 3 blocks of width 48."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Logits, shape (n, 10), of pictures, shape (n, 8, 8, 1)."""
-        del train
         x = nn.Conv(48, (2, 2), strides=2, name="patches")(x).reshape(len(x), 16, 48)
         x = x + self.param("positions", nn.initializers.normal(0.02), (16, 48))
         for i in range(3):
@@ -144,13 +131,14 @@ class Network:
 
 def networks(quick: bool = False) -> dict[str, Network]:
     """The five networks, or a tiny training of one."""
+    mlp = Network("mlp", "MLP 64-64-64-10, digits", MLP((64, 64, 10)), False, 300, 3e-3, 64)
     if quick:
-        return {"mlp": Network("mlp", "MLP 64-64-64-10, digits", MLP(), False, 30, 3e-3, 64)}
+        return {"mlp": dataclasses.replace(mlp, steps=30)}
     found = (
         Network("gpt-500k", "GPT, 0.5 M", GPT(96), True, 800, 3e-3, 16),
         Network("gpt-200k", "GPT, 0.2 M", GPT(60), True, 800, 3e-3, 16),
         Network("vit", "ViT, 0.09 M, digits", ViT(), False, 500, 2e-3, 64),
         Network("cnn", "CNN with BatchNorm, digits", BatchNormCNN(), False, 300, 3e-3, 64),
-        Network("mlp", "MLP 64-64-64-10, digits", MLP(), False, 300, 3e-3, 64),
+        mlp,
     )
     return {network.name: network for network in found}

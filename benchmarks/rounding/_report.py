@@ -9,12 +9,22 @@ import pandas as pd
 from benchmarks.lab._jobs import Outcome
 from benchmarks.rounding._networks import networks
 
+#: The way whose curvature is of data that training did not see.
+VALIDATION = "fisher, validation data"
+
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Each network's trainings."""
+    """Each network's trainings; what was measured on validation data is one more way."""
     found: dict[str, list[Any]] = {}
-    for outcome in outcomes:
-        found.setdefault(outcome.unit["model"], []).append(outcome.result)
+    for unit, result in outcomes:
+        if unit["section"] == "rounding":
+            found.setdefault(unit["model"], []).append(result)
+            continue
+        training = found[unit["model"]][-1]
+        training["prediction"][VALIDATION] = result["prediction"]
+        for budget, choice in result["choices"].items():
+            training["choices"][budget]["rises"][VALIDATION] = choice["rise"]
+            training["choices"][budget]["accuracy"][VALIDATION] = choice["accuracy"]
     return {"models": found}
 
 

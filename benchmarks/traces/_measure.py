@@ -21,8 +21,7 @@ from benchmarks.lab._steps import (
     GIVEN,
     Step,
     compiled_gradient,
-    default_flipout,
-    first_order,
+    contenders,
 )
 from benchmarks.lab._training import describe
 from benchmarks.traces import _jax, _torch
@@ -44,6 +43,11 @@ QUICK = (
 )
 #: Steps that what an estimate costs is compared with.
 STEPS = (ADAM, GIVEN)
+
+
+def default_flipout(num_layers: int) -> str:
+    """The label of what `flipout()` chooses as it comes: it unrolls up to 8 layers."""
+    return "flipout block" if num_layers <= 8 else "flipout joint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +227,7 @@ def in_torch(label: str) -> bool:
 
 
 def _step(model: Model, label: str) -> Estimate:
-    return _as_estimate(Step(model, first_order()[label]).endless())
+    return _as_estimate(Step(model, contenders()[label]).endless())
 
 
 def _gradient(model: Model) -> Callable[[], object]:

@@ -7,10 +7,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lab._jobs import Models, Outcome, pick
-from benchmarks.lab._steps import default_flipout
 from benchmarks.lab._timing import Spread
 from benchmarks.traces._jax import OWN
-from benchmarks.traces._measure import GRADIENT, STEPS, TORCH_GRADIENT, in_torch
+from benchmarks.traces._measure import (
+    GRADIENT,
+    STEPS,
+    TORCH_GRADIENT,
+    default_flipout,
+    in_torch,
+)
 from lama_optax import layer_names
 
 

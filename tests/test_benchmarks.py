@@ -1,4 +1,4 @@
-"""`python -m benchmarks.cost` and `benchmarks.traces`: end to end, and the parts that count."""
+"""The benchmarks but `moons` and `study`, end to end."""
 
 import json
 
@@ -8,6 +8,8 @@ pytest.importorskip("flax")
 pytest.importorskip("sklearn")
 
 import benchmarks.cost.__main__ as cost
+import benchmarks.noise_scale.__main__ as noise_scale
+import benchmarks.rounding.__main__ as rounding
 import benchmarks.traces.__main__ as traces
 from benchmarks.lab._steps import ADAM, Step
 from benchmarks.traces._measure import Sums
@@ -113,6 +115,20 @@ def test_cost_measures_and_reports(tmp_path, monkeypatch):
     monkeypatch.setattr(Step, "run", None)  # measuring would raise
     assert cost.main(options) == 0
     assert (folder / "measurements.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "phrases", "pictures"),
+    [
+        (noise_scale, ["Tracked over true", "signs, every 50"], set()),
+        (rounding, ["validation data", "greedy"], {"prediction.png", "rises.png"}),
+    ],
+)
+def test_quick_look_reports(benchmark, phrases, pictures, tmp_path):
+    assert benchmark.main([*QUICK, "--results", str(tmp_path)]) == 0
+    text = (tmp_path / "results.txt").read_text()
+    assert all(phrase in text for phrase in phrases)
+    assert pictures <= {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("main", [cost.main, traces.main])

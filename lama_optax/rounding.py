@@ -33,8 +33,11 @@ def loss_increase(
     nearest are nearly so. One change is one draw; of many entries the sum is close to its mean.
 
     It fails where a change is biased (pruning shrinks weights), where it is large against the
-    weights (2 bits), where layers change together in one direction, and where the loss is near 0,
-    since there the curvature itself changes within the step.
+    weights (2 bits), and where layers change together in one direction. Measure the curvature on
+    data that training did not see: where a model fits its training data, their loss is near 0, and
+    so is their curvature. Predicted over measured rise, medians of ``python -m
+    benchmarks.rounding``: 0.91 for a language model of 0.5 M parameters; for a ViT on digits 0.03
+    by its training data, and 1.5 by others.
 
     Args:
       curvature: of ``params``, from `layer_curvature` or `layer_report`.

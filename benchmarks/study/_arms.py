@@ -70,25 +70,19 @@ class Arm:
 
 
 ARMS = {
-    "A": Arm("AdamW (lr, weight decay)", ("lr", "decay"), _adam),
-    "A'": Arm("AdamW, tuned again", ("lr", "decay"), _adam),
-    "M": Arm("AdamW (lr, b1)", ("lr", "1-b1"), _adam),
-    "L": Arm("LAMA (lr, lambda)", ("lr", "lambda"), _lama),
-    "E": Arm("Muon (lr, weight decay)", ("lr", "decay"), None),
-    "LAM weight": Arm(
-        "LAM per weight (lr, decay)", ("lr", "1-b1"), lambda h, w: lam_scale(1 - h["1-b1"])
-    ),
+    "A": Arm("AdamW", ("lr", "decay"), _adam),
+    "A'": Arm("AdamW again", ("lr", "decay"), _adam),
+    "M": Arm("AdamW (b1)", ("lr", "1-b1"), _adam),
+    "L": Arm("LAMA", ("lr", "lambda"), _lama),
+    "E": Arm("Muon", ("lr", "decay"), None),
+    "LAM weight": Arm("LAM per weight", ("lr", "1-b1"), lambda h, w: lam_scale(1 - h["1-b1"])),
     "LAM layer": Arm(
-        "LAM per layer (lr, decay)",
+        "LAM per layer",
         ("lr", "1-b1"),
         lambda h, w: lam_scale(1 - h["1-b1"], granularity="layer"),
     ),
-    "AMSGrad": Arm(
-        "AMSGrad (lr, weight decay)", ("lr", "decay"), lambda h, w: optax.scale_by_amsgrad(B1, w.b2)
-    ),
-    "RAdam": Arm(
-        "RAdam (lr, weight decay)", ("lr", "decay"), lambda h, w: optax.scale_by_radam(B1, w.b2)
-    ),
+    "AMSGrad": Arm("AMSGrad", ("lr", "decay"), lambda h, w: optax.scale_by_amsgrad(B1, w.b2)),
+    "RAdam": Arm("RAdam", ("lr", "decay"), lambda h, w: optax.scale_by_radam(B1, w.b2)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Two pictures: differences between arms, and what tuning takes."""
+"""Two pictures: differences between optimizers, and what tuning takes."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.lab._style import BLUE, COLORS, MARKERS, save_all
-from benchmarks.study._arms import TRIALS
+from benchmarks.study._arms import ARMS, TRIALS
+
+#: Of the picture of tuning; the tables have the others.
+TUNED = ("A'", "M", "L", "E")
 
 
 def draw_all(folder: Path, summary: dict[str, Any]) -> None:
@@ -17,17 +20,20 @@ def draw_all(folder: Path, summary: dict[str, Any]) -> None:
     save_all(folder, figures)
 
 
-def _panels(summary: dict[str, Any], height: float) -> tuple[Figure, Any]:
-    count = len(summary)
-    figure, panels = plt.subplots(
-        1, count, figsize=(3 * count, height), squeeze=False, layout="constrained"
-    )
-    return figure, panels[0]
+def _panels(count: int, height: float) -> tuple[Figure, Any]:
+    """Two a row, so that the words can be read at a page's width."""
+    columns = min(2, count)
+    rows = -(-count // columns)
+    size = (max(6.4, 4.6 * columns), height * rows)
+    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axes in panels.flat[count:]:
+        axes.axis("off")
+    return figure, panels.flat[:count]
 
 
 def _forest(summary: dict[str, Any]) -> Figure:
     """Means and intervals; grey is what the study cannot see."""
-    figure, panels = _panels(summary, 3.0)
+    figure, panels = _panels(len(summary), 2.9)
     for axes, own in zip(panels, summary.values(), strict=True):
         workload, rows = own["workload"], own["contrasts"]
         ends = np.sort(workload.shown([-own["visible"], own["visible"]]))
@@ -35,35 +41,56 @@ def _forest(summary: dict[str, Any]) -> Figure:
         axes.axvline(0, color="0.4", linewidth=0.8)
         margin = workload.shown(-(workload.margin or -np.log(0.99)))
         axes.axvline(margin, color="0.4", linewidth=0.8, linestyle=":")
-        labels = [" - ".join(row["pair"]) for row in rows] + ["A - A'"]
+        pairs = [row["pair"] for row in rows] + [("A", "A'")]
         contrasts = [row["contrast"] for row in rows] + [own["floor"]]
         for y, contrast in enumerate(contrasts):
             ends = workload.shown([contrast.low, contrast.high])
             axes.plot(ends, [y, y], color=BLUE)
             axes.plot(workload.shown(contrast.mean), y, "o", color=BLUE)
+        labels = [" - ".join(ARMS[name].title for name in pair) for pair in pairs]
         axes.set_yticks(range(len(labels)), labels)
         axes.invert_yaxis()
         words = "return, points: more is better" if workload.margin else "loss, %: less is better"
-        axes.set(title=workload.name, xlabel=words)
+        lama = rows[0]["verdict"].partition(":")[0]
+        axes.set(title=f"{workload.name}: LAMA {lama}", xlabel=words)
+        axes.title.set(horizontalalignment="right", position=(1.0, 1.0))
+    figure.suptitle(
+        "Held-out loss, tuned against tuned: mean and 95 % interval over studies\n"
+        "(grey: cannot be told from luck; dotted: an improvement that counts)",
+        fontsize=11,
+    )
     return figure
 
 
 def _tuning(summary: dict[str, Any]) -> Figure:
-    """Held-out loss after k trials, over that of AdamW after all."""
-    figure, panels = _panels(summary, 3.2)
+    """Held-out loss after k trials, over that of AdamW after as many."""
+    figure, panels = _panels(len(summary), 2.7)
+    counts = np.arange(1, TRIALS + 1)
     for axes, own in zip(panels, summary.values(), strict=True):
-        workload, base = own["workload"], own["arms"]["A"]["after"][-1]
-        for i, (name, arm) in enumerate(own["arms"].items()):
-            values = workload.shown(arm["after"] - base)
-            # A and A' share a colour: what lies between them is luck.
-            look = {"color": COLORS[max(0, i - 1)], "marker": MARKERS[max(0, i - 1)]}
-            look["linestyle"] = "--" if name == "A'" else "-"
-            axes.plot(range(1, TRIALS + 1), values, label=name, markersize=4, **look)
-        words = "return over AdamW's, points" if workload.margin else "loss over AdamW's, %"
-        axes.set(title=workload.name, xlabel="trials", ylabel=words)
-        axes.set_xticks(range(1, TRIALS + 1))
+        workload = own["workload"]
+        axes.axhline(0, color="0.4", linewidth=0.8)
+        for i, name in enumerate(name for name in TUNED if name in own["arms"]):
+            found = own["arms"][name]["over_adamw"]
+            mean = workload.shown([contrast.mean for contrast in found])
+            ends = workload.shown([[c.low for c in found], [c.high for c in found]])
+            axes.errorbar(
+                counts + 0.13 * (i - 1.5),
+                mean,
+                np.abs(ends - mean),
+                fmt=MARKERS[i],
+                color=COLORS[i],
+                markersize=5,
+                label=ARMS[name].title,
+            )
+        words = "return, points" if workload.margin else "loss, %"
+        axes.set(title=workload.name, xlabel="trials of each", ylabel=f"{words} over AdamW's")
+        axes.set_xticks(counts)
     handles: dict[str, Any] = {}
     for axes in panels:
         handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    figure.suptitle(
+        "How much better or worse than AdamW after as many trials? (mean, 95 % interval)",
+        fontsize=11,
+    )
     return figure

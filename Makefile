@@ -53,8 +53,8 @@ build: $(VENV)/dev.stamp
 	$(BIN)/python -m build
 
 notebooks: $(VENV)/dev.stamp
-	$(BIN)/jupytext --sync --execute notebooks/0*.py
-	$(BIN)/python notebooks/readme_picture.py
+	$(BIN)/jupytext --sync --execute docs/notebooks/0*.py
+	$(BIN)/python docs/notebooks/readme_picture.py
 
 # Unpinned on purpose: this is how a new set of versions is chosen and then tested.
 constraints:

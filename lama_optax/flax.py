@@ -1,6 +1,6 @@
 """Flax beside `track_curvature` and LAMA: a Linen train state and a helper for NNX.
 
-Needs flax (``pip install lama-optax[flax]``), which the rest of the package does not.
+Needs flax (``pip install .[flax]``), which the rest of the package does not.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A picture of every layer's curvature over training. Needs matplotlib (``lama-optax[plot]``)."""
+"""A picture of every layer's curvature over training. Needs matplotlib (``.[plot]``)."""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lama_optax._allocation import Alone, Point, Table, squared_change
+from lama_optax._checks import check_count
 from lama_optax.curvature.protocol import LayerCurvature
 from lama_optax.layers import Layers, LayerSpec, resolve_layers
 
@@ -82,7 +83,26 @@ def round_symmetric(array: jax.Array, bits: int) -> jax.Array:
 
     The grid is s {-n, ..., n} with n = 2^(bits - 1) - 1, and ends at the channel's largest entry.
     Arrays of fewer than two axes (biases, norms) pass unchanged.
+
+    Args:
+      array: any array of floats.
+      bits: at least 2.
+
+    Returns:
+      An array of the same shape and dtype.
+
+    Raises:
+      ValueError: if ``bits`` is not an integer of at least 2.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from lama_optax.rounding import round_symmetric
+      >>> round_symmetric(jnp.array([[0.4, 2.0], [-1.0, 0.9]]), 2).tolist()
+      [[0.0, 2.0], [-1.0, 0.0]]
     """
+    check_count("bits", bits)
+    if bits < 2:
+        raise ValueError(f"bits must be an integer of at least 2; got {bits!r}.")
     if array.ndim < 2:
         return array
     steps = 2 ** (bits - 1) - 1

@@ -16,7 +16,7 @@ import lama_optax
 
 pytestmark = pytest.mark.slow
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[1] / "docs" / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("0*.py"))
 STORED = sorted(NOTEBOOKS.glob("*.ipynb"))
 TRAINING = ("05_fewer_bits", "06_batch_size")

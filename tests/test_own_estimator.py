@@ -14,7 +14,7 @@ from lama_optax import Estimator, LayerCurvature, Layers, layer_curvature, layer
 
 @dataclasses.dataclass(frozen=True)
 class SquaredGradient:
-    """The empirical Fisher matrix's trace from one gradient: |grad L|^2."""
+    """|grad L|^2 of the batch, by layer: an example of the interface, no curvature."""
 
     scale: float = 1.0
 

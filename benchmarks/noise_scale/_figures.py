@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.lab._style import BLUE, VERMILLION, logarithmic, save_all
+from benchmarks.noise_scale._report import predict, tracked
 
 
 def draw_all(folder: Path) -> None:
@@ -31,15 +32,10 @@ def _steps(models: dict[str, Any]) -> Figure:
         batches = np.asarray([int(batch) for batch in found["steps"]])
         steps = np.asarray(list(found["steps"].values()), float)
         title = f"{name}, to a loss of {target}"
-        tracked = found["tracked"].get("groups") or found["tracked"].get("signs")
-        if tracked:
+        if values := tracked(found):
             line = np.geomspace(batches.min(), batches.max(), 100)
-            scales = np.quantile(tracked, [0.25, 0.5, 0.75])
-            # The noise scale gives the shape; the height is fitted.
-            curves = []
-            for scale in scales:
-                height = np.exp(np.mean(np.log(steps / (1 + scale / batches))))
-                curves.append(height * (1 + scale / line))
+            scales = np.quantile(values, [0.25, 0.5, 0.75])
+            curves = [predict(found["steps"], scale, line) for scale in scales]
             axes.plot(line, curves[1], color=VERMILLION, label="predicted from the noise scale")
             low, high = np.min(curves, axis=0), np.max(curves, axis=0)
             band = "by the middle half of what was tracked"

@@ -123,6 +123,19 @@ def fit(best: dict[int, tuple[float, float]]) -> tuple[float, float, float]:
     return float(np.exp(x[0])), float(np.exp(x[1] - x[0])), error
 
 
+def predict(steps: dict[Any, float], scale: float, batches: np.ndarray) -> np.ndarray:
+    """Steps at ``batches`` for a noise scale, which gives the shape; the height is fitted."""
+    known = np.asarray([int(batch) for batch in steps])
+    height = np.exp(np.mean(np.log(np.asarray(list(steps.values())) / (1 + scale / known))))
+    return height * (1 + scale / batches)
+
+
+def tracked(found: dict[str, Any]) -> list[float]:
+    """The noise scales at a target: by groups, or where they know none, by signs."""
+    ways = found["tracked"]
+    return ways.get("groups") or ways.get("signs") or []
+
+
 def _at(
     runs: Sequence[Outcome], target: str, best: dict[int, tuple[float, float]], way: str
 ) -> list[float]:
@@ -158,16 +171,15 @@ def _tracked_table(rows: list[dict[str, Any]]) -> str:
     frame = pd.DataFrame(rows)
     lines = []
     for batch, part in frame.groupby("batch"):
-        near = part[(part.batch >= part.true / 8) & (part.batch <= part.true * 4)]
         line = {"batch": batch, "true": f"{part.true.median():.0f}"}
         for way, title in WAYS.items():
-            ratio = (near[way].astype(float) / near.true).dropna()
+            ratio = (part[way].astype(float) / part.true).dropna()
             known = len(ratio)
             within = int(((ratio <= FACTOR) & (ratio >= 1 / FACTOR)).sum())
             line[title] = f"{ratio.median():.2f}" if known else "not known"
             line[f"{title}, within"] = f"{within} of {known}"
             if way != "raw":
-                error = near[f"{way} error"].astype(float).median()
+                error = part[f"{way} error"].astype(float).median()
                 line[f"{title}, error"] = f"{error:.2f}" if known else "-"
         lines.append(line)
     text = pd.DataFrame(lines).to_string(index=False)
@@ -194,13 +206,21 @@ def _targets_table(targets: dict[str, Any]) -> str:
         }
         for way, values in found["tracked"].items():
             line[WAYS[way]] = f"{np.median(values):.0f}"
+        if scales := tracked(found):
+            steps = np.asarray(list(found["steps"].values()))
+            predicted = predict(
+                found["steps"], float(np.median(scales)), np.asarray(list(found["steps"]))
+            )
+            ratios = predicted / steps
+            line["predicted over measured"] = f"{ratios.min():.2f} to {ratios.max():.2f}"
         lines.append(line)
     if not lines:
         return ""
     return (
         "Critical batch B_c fitted to the steps to a loss, S_min (1 + B_c / B), at each batch's"
-        " best rate,\nand the noise scale tracked there (median over batches and seeds)\n"
-        + pd.DataFrame(lines).to_string(index=False)
+        " best rate,\nand the noise scale tracked there (median over batches and seeds). predicted"
+        " over measured: steps by\nthat of four groups, the height fitted, at the batches where it"
+        " is smallest and largest\n" + pd.DataFrame(lines).to_string(index=False)
     )
 
 

@@ -81,7 +81,7 @@ def track_curvature(
     A layer whose estimate is not finite keeps what it had, and ``state.rejected`` counts it.
 
     Args:
-      estimator: `fisher`, which is the cheapest and works on any model that has a gradient; or
+      estimator: `fisher`, about one gradient, for any model that has a gradient; or
         `hutchinson`, `flipout`, `gauss_newton`, `exact_trace`, or one of your own.
       layers: what one layer is, see `layer_names`.
       update_interval: estimate at every n-th step, from the first. Between them nothing is

@@ -84,8 +84,8 @@ def lama_scale(
         u_t &= \frac{m_t / (1 - b_1^t)}{\sqrt{v_t / (1 - b_2^t) + \bar\varepsilon} + \varepsilon}
       \end{align*}
 
-    The curvature H_l is that of `track_curvature`, which this is built on. The document's setting
-    is ``lama_scale(estimator=hutchinson(num_probes=10), update_interval=1)``. An entry whose
+    The curvature H_l is that of `track_curvature`, which this is built on. The paper's setting is
+    ``lama_scale(estimator=hutchinson(10), update_interval=1, max_momentum=None)``. An entry whose
     gradient is not finite, or whose square overflows, keeps its moments and gets the update 0.
 
     Args:
@@ -95,8 +95,8 @@ def lama_scale(
       eps_root: added inside the square root, as in `optax.adam`.
       alpha_min: factor's lower limit.
       alpha_max: factor's upper limit.
-      sensitivity: the document's lambda, in units of 1/curvature. Positive: more curvature, more
-        momentum (Eq. 9); negative: less (the document's Section 5.1).
+      sensitivity: the paper's lambda, in units of 1/curvature. Positive: more curvature, more
+        momentum (Eq. 9); negative: less (the paper's Section 5.1).
       estimator: of each layer's curvature, for instance ``hutchinson(num_probes=10)``.
       layers: what one layer is, see `layer_names`. It and ``update_interval``,
         ``curvature_decay``, ``axis_name`` and ``key`` are those of `track_curvature`.
@@ -105,8 +105,8 @@ def lama_scale(
       momentum: ``"paper"`` is Eq. 6 with Eq. 3's correction, under which alpha moves the step size
         too: the steady gain of the gradient is (1 - b1)/(1 - alpha b1). ``"ema"`` weighs
         the gradient by 1 - alpha b1 and divides by the exact sum of the weights: gain 1. If alpha
-        fluctuates, its bound of stability is about half of that with a constant alpha
-        (``notebooks/04_stability``): smooth it by ``curvature_decay`` or ``update_interval``.
+        fluctuates, its bound of stability can be about half of that with a constant alpha
+        (the site's notebook on stability): smooth it by ``curvature_decay`` or ``update_interval``.
       max_momentum: upper limit of alpha b1, in [0, 1). With None, alpha b1 can pass 1 and
         training diverge.
       mu_dtype: dtype of the first moment; None: that of the parameters.

@@ -152,8 +152,8 @@ plt.show()
 # %% [markdown]
 # - **tanh**: the textbook's V. To the right the error is proportional to $\delta$; to the left it
 #   is the rounding of the gradients over $\delta$, which float64 pushes out of the picture. In
-#   float32 the best step is near $10^{-4}$ and leaves an error of $10^{-3}$. At the paper's
-#   $\delta = 0.01$ it is about a tenth, below that of sampling.
+#   float32 the best step is near $10^{-4}$ and leaves an error of about $2 \cdot 10^{-3}$. At the
+#   paper's $\delta = 0.01$ it is about a tenth, below that of sampling.
 # - **ReLU**, the paper's network: the loss has kinks. When a step carries a data point across one,
 #   the gradient jumps by an amount that does not depend on $\delta$, and the quotient divides it
 #   by $\delta$. With a smaller step fewer points cross, but each counts for more: the error does
@@ -216,7 +216,7 @@ plt.show()
 
 # %% [markdown]
 # Both grow in proportion to K. For each vector a finite difference needs one gradient and an exact
-# product about two; drawing the vector comes on top. So the finite difference saves time, and it
+# product up to two; drawing the vector comes on top. So the finite difference saves time, and it
 # works where a loss can be differentiated only once; for that one pays with a step to choose,
 # rounding, and kinks. Hence the default is `hvp="exact"`. To save time, `update_interval=10` in
 # `lama_adam` saves more.

@@ -14,7 +14,7 @@ def main() -> None:
     pictures = [
         output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})
     ]
-    (HERE.parent / "docs/images/fewer_bits.png").write_bytes(base64.b64decode(pictures[0]))
+    (HERE.parent / "images" / "fewer_bits.png").write_bytes(base64.b64decode(pictures[0]))
 
 
 if __name__ == "__main__":

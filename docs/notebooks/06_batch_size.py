@@ -20,10 +20,10 @@
 # $$B_\mathrm{noise} = \frac{\operatorname{tr}(\Sigma)}{\lVert G \rVert^2}, \qquad
 # \text{steps}(B) = S_\mathrm{min} \left(1 + \frac{B_\mathrm{noise}}{B}\right).$$
 #
-# $G$ is the gradient of the loss, and $\Sigma$ the covariance of one example's gradient. Below
-# $B_\mathrm{noise}$ twice the batch nearly halves the steps; far above it buys nothing.
+# $G$ is the gradient of the loss, and $\Sigma$ the covariance of one example's gradient. Far below
+# $B_\mathrm{noise}$ twice the batch nearly halves the steps; far above it saves almost none.
 #
-# This page trains a small language model for a minute, reads its noise scale, predicts how many
+# This page trains a small language model, reads its noise scale, predicts how many
 # steps other batches need, and trains with them to see.
 
 # %%
@@ -93,9 +93,9 @@ held_out = windows(TEST, jnp.linspace(0, len(TEST) - LENGTH - 1, 128).astype(int
 # %% [markdown]
 # ## Train, and track
 #
-# `grouped_value_and_grad` takes the batch's gradient as the mean of four groups' gradients. That
-# costs nothing more, and how far the four lie apart tells the noise. `track_noise_scale` stands
-# before the optimizer and averages it; it changes no update.
+# `grouped_value_and_grad` takes the batch's gradient as the mean of four groups' gradients, without
+# a further pass. How far the four lie apart tells the noise. `track_noise_scale` stands before the
+# optimizer and averages it; it changes no update.
 #
 # A run ends when the loss on the texts kept aside is at `TARGET`.
 
@@ -221,8 +221,7 @@ plt.show()
 # - The noise scale grows while the loss falls. Read it where you are, not at the start, and expect
 #   the average to lag where it grows fast.
 # - The formula is that of SGD at its best rate. Adam divides by the gradient's size, so that the
-#   layers do not weigh as they do in `total`; here it holds all the same, within the errors printed
-#   above.
+#   layers do not weigh as they do in `total`. The lines above say how far off the prediction was.
 # - At the end of a learning rate's decay most of what is left is noise, so the noise scale says
 #   little of the batch then.
 # - In fine-tuning, or on very small data, the mean gradient is soon near zero and its square is not

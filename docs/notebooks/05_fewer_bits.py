@@ -25,7 +25,7 @@
 # the gradient's part averages out, and so do products of two different errors. Layers whose
 # curvature is low can do with few bits; layers whose curvature is high need more.
 #
-# This page trains a small language model for a minute, measures the curvature of its layers, shows
+# This page trains a small language model, measures the curvature of its layers, shows
 # that the formula predicts the rise, and then chooses bits by it.
 
 # %%
@@ -244,8 +244,8 @@ plt.show()
 #
 # ## What it does not do
 #
-# - It predicts a small step's rise. At 2 bits a layer's weights have moved by a third of their norm
-#   or more, and a quadratic says little there. `allocate_bits` does not trust a width that moves a
+# - It predicts a small step's rise. At 2 bits a layer's weights have moved far,
+#   and a quadratic says little there. `allocate_bits` does not trust a width that moves a
 #   layer by more than `max_change`, 0.4 of its norm: with `value_fn` it measures what that layer
 #   costs at that width, without it the width is not offered.
 # - It rounds to nearest and trains nothing. Methods that adjust the remaining weights, such as

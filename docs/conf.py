@@ -54,9 +54,24 @@ html_static_path = [f"{_mathjax}/static/mathjax/tex-svg.js"]
 mathjax_path = "tex-svg.js"
 
 
+#: Files of the repository that are pages here.
+PAGES = {
+    "../benchmarks/README.md": "benchmarks.md",
+    "../CONTRIBUTING.md": "contributing.md",
+    "../CHANGELOG.md": "changelog.md",
+}
+
+
 def setup(app):
     """Registers what is below."""
+    app.connect("source-read", with_pages)
     app.connect("doctree-read", without_last_lines)
+
+
+def with_pages(app, docname, source):
+    """Links that work on the repository's own site lead to pages of this one."""
+    for file, page in PAGES.items():
+        source[0] = source[0].replace(f"]({file}", f"]({page}")
 
 
 def without_last_lines(app, doctree):

@@ -68,21 +68,21 @@ def track_noise_scale(
       \operatorname{tr}(\Sigma) \approx s = (q - \lVert g \rVert^2) \frac{B}{B - 1}, \quad
       \lVert G \rVert^2 \approx m = \frac{B \lVert g \rVert^2 - q}{B - 1}.
 
-    With weights :math:`w_i`, :math:`e_i w_i` stand for the signs, :math:`\sum_i w_i^2` for the
-    first B, and :math:`(\sum_i w_i)^2 / \sum_i w_i^2` for the others. The gradients
+    With weights :math:`w_i`, put :math:`e_i w_i` for :math:`e_i` and :math:`\sum_i w_i^2` for B in
+    q, and :math:`(\sum_i w_i)^2 / \sum_i w_i^2` for B in s and m. The gradients
     :math:`g_1 \dots g_G` of G groups give it without another pass:
 
     .. math::
       s = \frac{B}{G} \frac{\sum_k \lVert g_k - \bar g \rVert^2}{G - 1}, \qquad
       m = \lVert \bar g \rVert^2 - \frac{s}{B}.
 
-    All four are unbiased. Gradients shrink by orders of magnitude. So, that no time outweighs the
-    others, s and m are averaged after division by a quick average of :math:`\lVert g \rVert^2` over
-    the estimates before. (By their own it would bias the ratio where B is small.)
+    All four are unbiased. Gradients shrink by orders of magnitude in training. So that no part of
+    it outweighs the others, s and m are divided by a quick average of :math:`\lVert g \rVert^2`
+    over the estimates before, and then averaged.
 
-    Place it first in a chain: of a gradient that clipping or a learning rate has made smaller the
-    noise scale is too large or not known. Under BatchNorm signs measure total derivatives, through
-    the whole batch's statistics; each group has its own.
+    Place it first in a chain: after clipping or a learning rate the gradient is smaller, and the
+    noise scale comes out too large or is not known. Under BatchNorm signs measure total
+    derivatives, through the whole batch's statistics; each group has its own.
 
     Args:
       layers: what one layer is, see `layer_names`.

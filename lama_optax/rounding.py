@@ -124,7 +124,8 @@ class BitAllocation:
     mean_bits: float  #: a weight's, over the arrays that are rounded
     size_bytes: int  #: of these arrays, without their scales
     unknown: tuple[str, ...]  #: layers without a known positive curvature; they have most bits
-    curve: tuple[Point, ...]  #: size against predicted loss, from few bits to many
+    #: From few bits to many: ``(mean_bits, size_bytes, increase)``, size against predicted loss.
+    curve: tuple[Point, ...]
     #: With ``value_fn``, the measured rise of "predicted", the first choice, "corrected" and
     #: "uniform" (None where no width fits). The least is what was chosen.
     measured: dict[str, float | None] | None

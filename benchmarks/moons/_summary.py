@@ -13,7 +13,7 @@ from benchmarks.moons._settings import Settings
 from benchmarks.moons._train import ARMS, History, Trainer
 from lama_optax import layer_names
 
-#: What the document reports, from one seed.
+#: What the paper reports, from one seed.
 PAPER = {
     "adam": {"accuracy": 87.33, "loss": 0.39},
     "lama": {"accuracy": 88.67, "loss": 0.37},

@@ -88,7 +88,7 @@ def exact_trace(*, has_aux: bool = False) -> _ExactTrace:
       An estimator that needs ``value_fn`` (params -> scalar loss) by keyword.
 
     Raises:
-      ValueError: naming the argument, its value and what is allowed.
+      ValueError: at an estimate, if ``value_fn`` is missing or returns no scalar.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -105,7 +105,8 @@ def fisher(num_samples: int = 1) -> _Fisher:
       weights)``; it stands for the loss sum(w l) / sum(w).
 
     Raises:
-      ValueError: naming the argument, its value and what is allowed.
+      ValueError: at construction, if ``num_samples`` is no integer of at least 1; at an estimate,
+        if ``sampled_losses_fn`` is missing or returns losses that are reduced.
 
     References:
       Kunstner, Balles and Hennig, `Limitations of the Empirical Fisher Approximation

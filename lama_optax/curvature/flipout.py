@@ -239,7 +239,8 @@ def flipout(num_probes: int = 1, *, scope: str | None = None) -> _Flipout:
       leading axis. The loss whose curvature it estimates is the mean over the batch.
 
     Raises:
-      ValueError: naming the argument, its value and what is allowed.
+      ValueError: at construction, if an argument is not one of those; at an estimate, if
+        ``example_value_fn`` or ``batch`` is missing, or the loss of one example uses BatchNorm.
 
     References:
       Wen et al., `Flipout: Efficient Pseudo-Independent Weight Perturbations on Mini-Batches

@@ -191,7 +191,8 @@ def gauss_newton(*, max_outputs: int = 256) -> _GaussNewton:
       scalar loss; and ``batch``, a pytree of arrays with the examples along the leading axis.
 
     Raises:
-      ValueError: naming the argument, its value and what is allowed.
+      ValueError: at an estimate, if ``example_output_fn``, ``output_loss_fn`` or ``batch`` is
+        missing, or an example has more outputs than ``max_outputs``.
 
     References:
       Schraudolph, `Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent

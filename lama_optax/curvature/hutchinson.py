@@ -1,4 +1,4 @@
-"""Hutchinson's estimator: trace(H_l) ~ (1/K) sum_k v_k^T H_l v_k, the documents' Eq. 7.
+"""Hutchinson's estimator: trace(H_l) ~ (1/K) sum_k v_k^T H_l v_k, Eq. 7.
 
 The Hessian is never formed; ``H v`` is one differentiation of the gradient along ``v``.
 """
@@ -190,7 +190,8 @@ def hutchinson(
       ``tx.update`` or `layer_curvature`.
 
     Raises:
-      ValueError: naming the argument, its value and what is allowed.
+      ValueError: at construction, if an argument is not one of those; at an estimate, if
+        ``value_fn`` is missing, returns no scalar or cannot be differentiated twice.
 
     References:
       Hutchinson, `A Stochastic Estimator of the Trace of the Influence Matrix for Laplacian

@@ -167,7 +167,8 @@ def supervised(
         `gauss_newton`.
 
     Raises:
-      ValueError: naming the argument, what came and what is allowed.
+      ValueError: if ``apply_fn`` is no function, ``loss`` none of the three, or ``targets`` or
+        ``weights`` have not the shape or dtype that it asks for.
 
     Examples:
       >>> import jax, jax.numpy as jnp

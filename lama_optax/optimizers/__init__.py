@@ -1,1 +1,1 @@
-"""Uses curvature to train: the documents' equations, and the optimizers made of them."""
+"""Uses curvature to train: the papers' equations, and the optimizers made of them."""

@@ -45,7 +45,7 @@ def lama_adam(  # noqa: D417 - see lama_scale
     where :math:`u_t` is the update of `lama_scale` and :math:`w` the weight decay.
 
     Use it to study momentum per layer. That it lowers a loss has not been shown: with the
-    document's ``sensitivity`` it is Adam to three digits of the loss, and with a larger one Eq. 6
+    paper's ``sensitivity`` it is Adam to three digits of the loss, and with a larger one Eq. 6
     moves the step size, as ``make moons`` prints. The paper's setting, which that uses, is
     ``lama_adam(1e-3, estimator=hutchinson(10), update_interval=1, max_momentum=None)``.
 

@@ -1,4 +1,4 @@
-"""The documents' equations as pure functions of arrays, in the documents' order.
+"""The papers' equations as pure functions of arrays, in the papers' order.
 
 Eq. (7) is `lama_optax.hutchinson`, Eq. (8) is `lama_optax.Layers.average`. Arrays have one floating
 dtype and any (broadcastable) shape; hyper-parameters are Python numbers or scalar arrays. The terms
@@ -19,7 +19,7 @@ def first_moment(moment: jax.Array, grad: jax.Array, decay: Scalar, weight: Scal
     """Eq. (1) and Eq. (6): ``m = decay m + weight g``.
 
     Eq. 1 is ``decay = b1``, Eq. 6 ``decay = alpha b1``, both with ``weight = 1 - b1``. The
-    ``"ema"`` form departs from the document: ``weight = 1 - alpha b1``, a true average.
+    ``"ema"`` form departs from the paper: ``weight = 1 - alpha b1``, a true average.
     """
     return weight * grad + decay * moment
 
@@ -51,13 +51,13 @@ def momentum_factor(
 
 
 def lam_accumulator(accumulator: jax.Array, squared_grad: jax.Array, decay: Scalar) -> jax.Array:
-    """LAM, document 2: ``v = (1 - beta) g^2 + beta v``; per layer of the mean g^2 (Property 4)."""
+    """LAM: ``v = (1 - beta) g^2 + beta v``; per layer of the mean g^2 (Property 4)."""
     return (1 - decay) * squared_grad + decay * accumulator
 
 
 def lam_step(grad: jax.Array, accumulator: jax.Array, eps: Scalar) -> jax.Array:
     """LAM's step without the learning rate: ``g / (sqrt(v) + eps)``, no bias correction.
 
-    Property 1 writes ``sqrt(v + eps)``; the document's definition, used here, does not.
+    Property 1 writes ``sqrt(v + eps)``; the paper's definition, used here, does not.
     """
     return grad / (jnp.sqrt(accumulator) + eps)

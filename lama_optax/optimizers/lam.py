@@ -1,4 +1,4 @@
-"""LAM without the learning rate: RMS scaling by weight or by layer (document 2)."""
+"""LAM without the learning rate: RMS scaling by weight or by layer (the LAM paper)."""
 
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ def lam_scale(
     finite keeps its accumulator and gets the update 0.
 
     Args:
-      decay: the document's beta, in [0, 1).
+      decay: the paper's beta, in [0, 1).
       eps: added to the denominator, outside the square root.
       granularity: ``"weight"``: one v for each weight, equal to
         ``optax.scale_by_rms(decay, eps, eps_in_sqrt=False)``. ``"layer"``: one v for each layer,

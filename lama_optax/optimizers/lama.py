@@ -124,7 +124,7 @@ def lama_scale(
         missing ``value_fn``, one that returns no scalar, and parameters of another structure.
 
     References:
-      The equations are those of the LAMA-Adam document; (7) is `hutchinson`. The state holds the
+      The equations are those of the LAMA-Adam paper; (7) is `hutchinson`. The state holds the
       second moment in float32 at least, since in half precision a decay of 0.999 rounds away.
 
     Examples:

@@ -305,3 +305,9 @@ def test_micro_batches_of_unequal_number():
     micro = split(batch) | {"y": split(batch)["y"][:2]}
     with pytest.raises(ValueError, match=r"leading axis|length|size"):
         mean_value_fn(loss_fn, micro)(params)
+
+
+def test_a_mean_over_micro_batches_has_no_aux():
+    params, batch = problem(0)
+    with pytest.raises(ValueError, match=r"loss_fn must return the loss alone; got a tuple"):
+        mean_value_fn(lambda p, b: (loss_fn(p, b), 0.0), split(batch))(params)

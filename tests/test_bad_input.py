@@ -329,7 +329,7 @@ def test_layer_curvature_with_what_is_no_estimator(estimator):
 
 def test_key_that_is_none():
     several = jax.random.split(jax.random.key(0), 2)
-    for key in (1.5, "0", None, jnp.ones(2), several):
+    for key in (1.5, "0", None, jnp.ones(2), several, 2**32, -(2**31) - 1):
         with pytest.raises(ValueError, match=r"key must be "):
             lama_scale(key=key).init(PARAMS)
 

@@ -9,6 +9,7 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from optimizers import (
@@ -28,8 +29,11 @@ from optimizers import (
 from lama_optax import (
     hutchinson,
     lam,
+    lam_scale,
     lama_adam,
     lama_scale,
+    track_curvature,
+    track_noise_scale,
 )
 
 # The tests of optax/contrib/_common_test.py, in its order.
@@ -298,3 +302,22 @@ def test_mixed_dtypes_in_one_tree(name):
     assert shapes(updates) == shapes(params)
     assert all((jnp.isfinite(u) & (u != 0)).all() for u in jax.tree.leaves(updates))
     assert shapes(state) == shapes(tx.init(params))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        track_curvature(),
+        track_noise_scale(),
+        lama_scale(),
+        lam_scale(),
+        lam_scale(granularity="layer"),
+    ],
+    ids=["track_curvature", "track_noise_scale", "lama", "lam by weight", "lam by layer"],
+)
+def test_a_tree_without_parameters(tx):
+    """As `optax.partition` makes one for a label that no leaf has."""
+    extra = {"sampled_losses_fn": lambda p, key: jnp.ones(4), "value_fn": lambda p: jnp.ones(())}
+    updates, state = tx.update({}, tx.init({}), {}, losses_fn=lambda p: jnp.ones(4), **extra)
+    assert updates == {}
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))

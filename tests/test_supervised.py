@@ -154,6 +154,7 @@ def test_one_compilation_serves_all_batches():
     ("change", "message"),
     [
         ({"apply_fn": 3}, r"apply_fn must be a function .*; got 3"),
+        ({"apply_fn": lambda p, x: (x @ p, {})}, r"apply_fn must return one array.*; got tuple"),
         ({"loss": "hinge"}, r"loss must be one of 'softmax_cross_entropy', .*; got 'hinge'"),
         ({"targets": np.ones(4)}, r"targets must be integers, .*; got float64|float32"),
         ({"targets": np.ones((4, 2), int)}, r"targets must have the shape \(4,\).*got \(4, 2\)"),
@@ -163,11 +164,28 @@ def test_one_compilation_serves_all_batches():
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_bad_input(change, message):
+@pytest.mark.parametrize("estimator", [hutchinson(), fisher()], ids=["hutchinson", "fisher"])
+def test_bad_input(change, message, estimator):
     arguments = {
         "apply_fn": lambda p, x: x @ p,
         "inputs": np.ones((4, 2), np.float32),
         "targets": np.zeros(4, int),
     } | change
     with pytest.raises(ValueError, match=message):
-        layer_curvature(jnp.ones((2, 3)), 0, estimator=hutchinson(), **supervised(**arguments))
+        layer_curvature(jnp.ones((2, 3)), 0, estimator=estimator, **supervised(**arguments))
+
+
+@pytest.mark.parametrize("estimator", [fisher(), hutchinson(), flipout(), gauss_newton()])
+def test_padding_may_have_any_target(estimator):
+    params, apply_fn, inputs, targets = networks.mlp()
+    weights = jnp.arange(len(targets)) % 2
+
+    def found(targets):
+        task = supervised(apply_fn, inputs, targets, weights=weights)
+        return task["value_fn"](params), layer_curvature(params, 0, estimator=estimator, **task)
+
+    value, curvature = found(targets)
+    padded, of_padded = found(jnp.where(weights == 0, -100, targets))  # no class: its loss is NaN
+    assert value == padded
+    np.testing.assert_array_equal(curvature.mean, of_padded.mean)
+    assert np.all(np.isfinite(curvature.mean))

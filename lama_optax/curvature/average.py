@@ -50,7 +50,7 @@ def absorb(old: Average, new: jax.Array, decay: ArrayLike) -> tuple[Average, jax
     spread = jnp.broadcast_to(1 - share, product.shape) * old.spread + product
     spread = jnp.clip(spread, -limit, limit)
     latest = Average(mean, spread, weight, decay**2 * old.weight_squares + (1 - decay) ** 2)
-    taken = jnp.all(jnp.isfinite(mean).reshape(-1, *weight.shape), axis=0)
+    taken = jnp.all(jnp.isfinite(mean), axis=tuple(range(mean.ndim - 1)))
     return keep(taken, latest, old), taken
 
 

@@ -64,6 +64,9 @@ def check_estimator(estimator: Any) -> None:
 
 def as_typed_key(key: int | jax.Array) -> jax.Array:
     """A typed PRNG key from a seed, raw key data or a typed key."""
+    if isinstance(key, int | np.integer) and not -(2**31) <= key < 2**32:
+        # Without 64 bits JAX drops those above: 2^32 would draw what 0 draws.
+        raise ValueError(f"key must be a seed of 32 bits, in [-2^31, 2^32); got {key!r}.")
     if isinstance(key, int | np.integer | np.ndarray | jax.Array) and not isinstance(key, bool):
         dtype, shape = jnp.result_type(key), jnp.shape(key)
         if shape == () and jnp.issubdtype(dtype, jax.dtypes.prng_key):

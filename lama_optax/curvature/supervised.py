@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import Partial
 
@@ -80,6 +81,7 @@ class _Task:
 
     def sampled_losses(self, params: PyTree, key: jax.Array) -> Any:
         outputs = self._outputs(params)
+        self._check(outputs, self.batch["targets"])
         fixed = jax.lax.stop_gradient(outputs).astype(wide_dtype(outputs))
         e = signs(key, fixed.shape, fixed.dtype, jax.typeof(fixed).sharding)
         gradient = _LOSSES[self.loss][1](fixed, e).astype(outputs.dtype)
@@ -87,39 +89,53 @@ class _Task:
         losses = gradient * jnp.where(gradient == 0, 0, outputs)
         if self.loss == "softmax_cross_entropy":
             losses = jnp.sum(losses, axis=-1)
-        weights = _expanded(self.batch.get("weights"), losses)
-        return losses if weights is None else (losses, weights)
+        weights = self.batch.get("weights")
+        return losses if weights is None else (losses, _expanded(weights, losses))
 
     def example_value(self, params: PyTree, example: PyTree) -> jax.Array:
         return self.output_loss(self.example_outputs(params, example), example)
 
     def example_outputs(self, params: PyTree, example: PyTree) -> jax.Array:
-        return self.apply_fn(params, jax.tree.map(lambda x: x[None], example["inputs"]))[0]
+        return self._apply(params, jax.tree.map(lambda x: x[None], example["inputs"]))[0]
 
     def output_loss(self, outputs: jax.Array, example: PyTree) -> jax.Array:
         losses, weights = self._of_outputs(outputs, example)
         return jnp.mean(losses if weights is None else weights * losses)
 
     def _outputs(self, params: PyTree) -> jax.Array:
-        return self.apply_fn(params, self.batch["inputs"])
+        return self._apply(params, self.batch["inputs"])
 
-    def _of_outputs(self, outputs: jax.Array, batch: PyTree) -> tuple[jax.Array, jax.Array | None]:
-        """The losses of predictions, and weights of their shape."""
-        targets = batch["targets"]
+    def _apply(self, params: PyTree, inputs: PyTree) -> jax.Array:
+        outputs = self.apply_fn(params, inputs)
+        if not isinstance(outputs, jax.Array | np.ndarray):
+            raise ValueError(
+                f"apply_fn must return one array, the outputs; got {type(outputs).__name__}. Of the"
+                " pair that a Flax model returns with mutable=..., take the first."
+            )
+        return outputs
+
+    def _check(self, outputs: jax.Array, targets: jax.Array) -> None:
         expected = outputs.shape[:-1] if self.loss == "softmax_cross_entropy" else outputs.shape
         if jnp.shape(targets) != expected:
             raise ValueError(
                 f"targets must have the shape {expected} for the loss {self.loss!r} of outputs of"
                 f" shape {outputs.shape}; got {jnp.shape(targets)}."
             )
-        losses = _LOSSES[self.loss][0](outputs, targets)
-        return losses, _expanded(batch.get("weights"), losses)
+
+    def _of_outputs(self, outputs: jax.Array, batch: PyTree) -> tuple[jax.Array, jax.Array | None]:
+        """The losses of predictions, and weights of their shape."""
+        targets, weights = batch["targets"], batch.get("weights")
+        self._check(outputs, targets)
+        if weights is None:
+            return _LOSSES[self.loss][0](outputs, targets), None
+        # Padding may hold anything, such as the class -100, whose loss is NaN.
+        padded = _expanded(weights == 0, targets).astype(bool)
+        losses = _LOSSES[self.loss][0](outputs, jnp.where(padded, 0, targets))
+        return losses, _expanded(weights, losses)
 
 
-def _expanded(weights: jax.Array | None, losses: jax.Array) -> jax.Array | None:
-    """Weights of the losses' leading axes, brought to their shape."""
-    if weights is None:
-        return None
+def _expanded(weights: jax.Array, losses: jax.Array) -> jax.Array:
+    """Weights of the losses' leading axes, brought to their shape and dtype."""
     weights = weights.reshape(*weights.shape, *[1] * (losses.ndim - weights.ndim))
     return jnp.broadcast_to(weights.astype(losses.dtype), losses.shape)
 
@@ -153,7 +169,8 @@ def supervised(
         (n,) or for sequences (n, t); for ``"sigmoid_binary_cross_entropy"`` numbers in [0, 1] and
         for ``"squared_error"``, :math:`(z - y)^2`, any, of the outputs' shape.
       loss: one of these three.
-      weights: at least 0, of the targets' shape or of its leading axes: 0 for padding.
+      weights: at least 0, of the targets' shape or of its leading axes: 0 for padding, whose
+        targets may be anything.
 
     Returns:
       A dict for ``tx.update(grads, state, params, **task)``, ``layer_curvature(..., **task)`` and
@@ -241,7 +258,7 @@ def mean_value_fn(
       during differentiation (`jax.checkpoint`).
 
     Raises:
-      ValueError: if ``micro_batches`` holds no array.
+      ValueError: if ``micro_batches`` holds no array, or ``loss_fn`` returns more than the loss.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -255,8 +272,10 @@ def mean_value_fn(
         raise ValueError(f"micro_batches must hold at least one array; got {micro_batches!r}.")
 
     def value_fn(params: PyTree) -> jax.Array:
-        one = jax.checkpoint(lambda micro_batch: loss_fn(params, micro_batch))
-        return jnp.mean(jax.lax.map(one, micro_batches))
+        losses = jax.lax.map(jax.checkpoint(lambda b: loss_fn(params, b)), micro_batches)
+        if isinstance(losses, tuple):
+            raise ValueError("loss_fn must return the loss alone; got a tuple: leave aux out.")
+        return jnp.mean(losses)
 
     return value_fn
 

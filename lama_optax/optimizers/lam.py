@@ -105,9 +105,11 @@ def lam_scale(
             of_leaf = [partition.spread(x, updates) for x in (new, finite)]
         else:
             check_structure("updates", updates, state.accumulator)
-            pairs = jax.tree.map(accumulate, state.accumulator, squared)
-            new, finite = jax.tree.transpose(jax.tree.structure(updates), None, pairs)
-            of_leaf = [new, finite]
+            leaves = map(jax.tree.leaves, (state.accumulator, squared))
+            pairs = [accumulate(*pair) for pair in zip(*leaves, strict=True)]
+            structure = jax.tree.structure(updates)
+            of_leaf = [jax.tree.unflatten(structure, [pair[i] for pair in pairs]) for i in (0, 1)]
+            new = of_leaf[0]
         return jax.tree.map(scale, updates, *of_leaf), LamState(new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

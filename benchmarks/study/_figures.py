@@ -33,7 +33,7 @@ def _panels(count: int, height: float) -> tuple[Figure, Any]:
 
 def _forest(summary: dict[str, Any]) -> Figure:
     """Means and intervals; grey is what the study cannot see."""
-    figure, panels = _panels(len(summary), 2.9)
+    figure, panels = _panels(len(summary), 3.2)
     for axes, own in zip(panels, summary.values(), strict=True):
         workload, rows = own["workload"], own["contrasts"]
         ends = np.sort(workload.shown([-own["visible"], own["visible"]]))
@@ -51,9 +51,13 @@ def _forest(summary: dict[str, Any]) -> Figure:
         axes.set_yticks(range(len(labels)), labels)
         axes.invert_yaxis()
         words = "return, points: more is better" if workload.margin else "loss, %: less is better"
-        lama = rows[0]["verdict"].partition(":")[0]
-        axes.set(title=f"{workload.name}: LAMA {lama}", xlabel=words)
-        axes.title.set(horizontalalignment="right", position=(1.0, 1.0))
+        one, other = (row["verdict"].partition(":")[0] for row in rows[:2])
+        axes.set_title(
+            f"{workload.name}: LAMA against AdamW {one},\nagainst AdamW (b1) {other}",
+            loc="right",
+            fontsize=10,
+        )
+        axes.set_xlabel(words)
     figure.suptitle(
         "Held-out loss, tuned against tuned: mean and 95 % interval over studies\n"
         "(grey: cannot be told from luck; dotted: an improvement that counts)",
@@ -64,7 +68,7 @@ def _forest(summary: dict[str, Any]) -> Figure:
 
 def _tuning(summary: dict[str, Any]) -> Figure:
     """Held-out loss after k trials, over that of AdamW after as many."""
-    figure, panels = _panels(len(summary), 2.7)
+    figure, panels = _panels(len(summary), 3.0)
     counts = np.arange(1, TRIALS + 1)
     for axes, own in zip(panels, summary.values(), strict=True):
         workload = own["workload"]
@@ -90,7 +94,7 @@ def _tuning(summary: dict[str, Any]) -> Figure:
         handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     figure.suptitle(
-        "How much better or worse than AdamW after as many trials? (mean, 95 % interval)",
+        "Better or worse than AdamW after as many trials? (mean, 95 % interval)",
         fontsize=11,
     )
     return figure

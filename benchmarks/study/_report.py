@@ -178,13 +178,19 @@ def _interval(workload: Workload, contrast: statistics.Contrast) -> str:
 
 def _sentence(own: dict[str, Any]) -> str:
     """What is shown, not shown and unknown of a workload."""
-    workload, verdicts = own["workload"], {row["pair"]: row["verdict"] for row in own["contrasts"]}
+    workload, rows = own["workload"], {row["pair"]: row for row in own["contrasts"]}
+    unit = "points" if workload.margin else "%"
+    against = [
+        f"{ARMS[other].title}: {_interval(workload, rows['L', other]['contrast'])} {unit},"
+        f" {rows['L', other]['verdict']}"
+        for other in "AM"
+    ]
     text = (
-        f"**{workload.title}**, {own['studies']} studies. LAMA against AdamW:"
-        f" {verdicts['L', 'A']}; against AdamW (b1): {verdicts['L', 'M']}."
+        f"**{workload.title}**, {own['studies']} of {workload.studies} studies. LAMA against"
+        f" {'; against '.join(against)}."
     )
-    if ("E", "A") in verdicts:
-        control = next(row["contrast"] for row in own["contrasts"] if row["pair"] == ("E", "A"))
+    if ("E", "A") in rows:
+        control = rows["E", "A"]["contrast"]
         if control.low > 0 or control.high < 0:
             text += " Muon, the positive control, differs from AdamW: the study sees a difference."
         else:

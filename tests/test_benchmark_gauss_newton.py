@@ -11,8 +11,8 @@ pytest.importorskip("sklearn")
 
 from benchmarks.lab import _data
 from benchmarks.lab._models import CNN, Model, Task, Transformer, tasks
-from benchmarks.traces import _gauss_newton
-from benchmarks.traces._jax import sums_by_layer
+from benchmarks.traces._jax import gauss_newton_products, sums_by_layer
+from benchmarks.traces._reference import output_probes
 from lama_optax import gauss_newton, layer_curvature
 
 # Flax and optax promote implicitly.
@@ -37,7 +37,7 @@ def _tiny(loss):
 @pytest.mark.parametrize("loss", ["binary", "classes", "tokens"])
 def test_reference_is_the_gauss_newton_trace(loss):
     model = _tiny(loss)
-    estimate = _gauss_newton.output_probes(model)
+    estimate = output_probes(model)
     found = np.asarray([estimate(seed) for seed in range(200)], np.float64)
     error = found.std(axis=0, ddof=1) / 200**0.5
     # The worst of up to 13 layers in five standard errors; of one output for each example there is
@@ -49,7 +49,7 @@ def test_reference_is_the_gauss_newton_trace(loss):
 def test_peers_products_are_with_the_gauss_newton_matrix():
     model = _tiny("binary")
     flat, unravel = ravel_pytree(model.params)
-    product = _gauss_newton.gauss_newton_products(model, unravel, flat, model.batch)
+    product = gauss_newton_products(model, unravel, flat, model.batch)
     diagonal = jnp.diag(jax.vmap(product)(jnp.eye(flat.size)))
     found = sums_by_layer(model, unravel(diagonal))
     # float32, sums in another order.

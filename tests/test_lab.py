@@ -21,7 +21,7 @@ from benchmarks.lab._store import Store, plain
 from benchmarks.lab._timing import Spread, interleave, median_interval, paired_ratios
 from benchmarks.lab._training import trained
 from benchmarks.traces import _summary
-from benchmarks.traces._measure import Sums
+from benchmarks.traces._sums import Sums
 
 # Flax and optax promote implicitly.
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.slow]

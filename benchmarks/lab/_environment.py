@@ -14,8 +14,6 @@ PEERS = (
     "torch",
     "curvlinops-for-pytorch",
     "backpack-for-pytorch",
-    "PyHessian",
-    "pytorch_optimizer",  # not any more: the lines that are kept name it
 )
 
 NOT_INSTALLED = "not installed: pip install '.[peers]'"

@@ -5,7 +5,6 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +26,6 @@ from lama_optax import (
 
 LEARNING_RATE = 1e-3
 ADAM = "optax.adam"
-GIVEN = "LAMA, curvature given"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +54,7 @@ def contenders() -> dict[str, Contender]:
         f"{ADAM}, track_curvature(fisher()) every 10": tracked(fisher()),
         f"{ADAM}, track_curvature(hutchinson(1)) every 10": tracked(hutchinson(1)),
         f"{ADAM}, track_curvature(flipout(1)) every 10": tracked(flipout(1)),
-        GIVEN: Contender(lama_adam(LEARNING_RATE), given=True),
+        "LAMA, curvature given": Contender(lama_adam(LEARNING_RATE), given=True),
         "LAMA, fisher() every 10": lama(10, estimator=fisher()),
         "LAMA, hutchinson(1) every 10, the default": lama(10),
         "LAMA, hutchinson(10) every step, the paper's": lama(1, estimator=hutchinson(10)),
@@ -126,17 +124,6 @@ class Step:
             params, state = step(params, state, batch)
             jax.block_until_ready(params)
         return time.perf_counter() - began
-
-    def endless(self) -> Callable[[], object]:
-        """A function that makes one step and waits for it; each goes on from the last."""
-        params, state = jax.tree.map(jnp.copy, self._start)
-
-        def step() -> None:
-            nonlocal params, state
-            params, state = self.compiled(params, state, self._model.batch)
-            jax.block_until_ready(params)
-
-        return step
 
     def visit(self) -> Visit:
         """For `interleave`: whole intervals, so that each estimate is paid by its steps."""

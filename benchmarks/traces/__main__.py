@@ -1,13 +1,12 @@
 """Measures, prints the tables, writes the pictures: the door of `python -m benchmarks.traces`."""
 
-import functools
 import sys
 from collections.abc import Sequence
 
 from benchmarks.lab._jobs import Settings, common_settings, finish, parser
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[Settings, str | None]:
+def parse(argv: Sequence[str] | None = None) -> Settings:
     """Reads the command line; a wrong option ends the program with a message that names it."""
     command_line = parser(
         "benchmarks.traces",
@@ -15,30 +14,23 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Settings, str | None]:
         " library's and its peers', on the same parameters.",
         "results/traces",
     )
-    command_line.add_argument(
-        "--matrix",
-        choices=("hessian", "gauss-newton"),
-        default=None,
-        help="whose traces (default: both)",
-    )
-    options = command_line.parse_args(argv)
-    return common_settings(command_line, options), options.matrix
+    return common_settings(command_line, command_line.parse_args(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is not measured yet and reports on all; returns the exit status."""
-    settings, matrix = parse(argv)
-    return finish(lambda: _run(settings, matrix))
+    settings = parse(argv)
+    return finish(lambda: _run(settings))
 
 
-def _run(settings: Settings, matrix: str | None) -> None:
+def _run(settings: Settings) -> None:
     import jax
 
     from benchmarks.lab._environment import context
     from benchmarks.lab._jobs import Models, run_jobs
     from benchmarks.lab._store import Store, save_results
-    from benchmarks.traces import _gauss_newton, _gauss_newton_report, _measure
     from benchmarks.traces._figures import draw_all
+    from benchmarks.traces._measure import jobs
     from benchmarks.traces._report import report
     from benchmarks.traces._summary import summarize
 
@@ -47,16 +39,12 @@ def _run(settings: Settings, matrix: str | None) -> None:
     models = Models(settings)
     store = Store(settings.results / "measurements.jsonl", context())
 
-    save = functools.partial(save_results, settings.results, store.context)
-    if matrix != "gauss-newton":
-        jobs = list(_measure.jobs(settings, models))
-        summary = summarize(run_jobs(store, jobs, "benchmarks.traces"), models)
-        save("results", summary, report(summary))
-    if matrix != "hessian":
-        jobs = list(_gauss_newton.jobs(settings, models))
-        outcomes = run_jobs(store, jobs, "benchmarks.traces, Gauss-Newton")
-        summary = _gauss_newton_report.summarize(outcomes, models)
-        save("gauss_newton", summary, _gauss_newton_report.report(summary))
+    outcomes = []
+    for matrix in ("hessian", "gauss-newton"):
+        todo = list(jobs(settings, models, matrix))
+        outcomes += run_jobs(store, todo, f"benchmarks.traces, {matrix}")
+    summary = summarize(outcomes, models)
+    save_results(settings.results, store.context, "results", summary, report(summary))
     draw_all(settings.results)
 
 

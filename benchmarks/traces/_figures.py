@@ -11,28 +11,34 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.lab._style import BLUE, VERMILLION, logarithmic, save_all
-from benchmarks.traces._summary import is_peer
+from benchmarks.traces._jax import GAUSS_NEWTON
+from benchmarks.traces._measure import is_peer
+from benchmarks.traces._report import TITLES
 
 
 def draw_all(folder: Path) -> None:
-    """Draws every picture from the results in the folder, into the folder."""
-    figures: dict[str, Any] = {}
-    for stem, picture, reference in (
-        ("results", "work.png", "hutchinson joint"),
-        ("gauss_newton", "gauss_newton.png", "fisher"),
-    ):
-        if not (folder / f"{stem}.json").exists():
-            continue
-        results = json.loads((folder / f"{stem}.json").read_text())
-        models = results["models"]
-        version = results["context"]["versions"]["lama_optax"]
-        figures[picture] = functools.partial(_work, models, reference, version)
-    save_all(folder, figures)
+    """Draws a picture a matrix from ``results.json`` in the folder, into the folder."""
+    results = json.loads((folder / "results.json").read_text())
+    save_all(
+        folder,
+        {
+            f"{matrix}.png": functools.partial(_work, matrix, models)
+            for matrix, models in results["matrices"].items()
+        },
+    )
 
 
-def _work(models: dict[str, Any], reference: str, version: str) -> Figure:
-    """Time x variance of each contender over the reference's: a row each, a panel a model."""
-    of_model = {name: _relative_work(model, reference) for name, model in models.items()}
+def _work(matrix: str, models: dict[str, Any]) -> Figure:
+    """Time x variance of each contender over the default's: a row each, a panel a model."""
+    # In gradients of each framework, so that their own speed is no part of it.
+    of_model = {
+        name: {
+            label: found["work"]["gradients"]
+            for label, found in model["contenders"].items()
+            if "work" in found
+        }
+        for name, model in models.items()
+    }
     found = dict.fromkeys(label for works in of_model.values() for label in works)
     # From little work to much, in the median over the models that have it.
     labels = sorted(
@@ -61,7 +67,7 @@ def _work(models: dict[str, Any], reference: str, version: str) -> Figure:
     panels.flat[0].set_yticks(range(len(labels)), labels)
     panels.flat[0].invert_yaxis()
     handles = [
-        Line2D([], [], color=BLUE, marker="o", linestyle="none", label=f"lama_optax {version}"),
+        Line2D([], [], color=BLUE, marker="o", linestyle="none", label="lama_optax"),
         Line2D([], [], color=BLUE, marker="<", linestyle="none", label="exact: no error"),
         Line2D(
             [], [], color=VERMILLION, marker="o", markerfacecolor="white", linestyle="none",
@@ -70,19 +76,9 @@ def _work(models: dict[str, Any], reference: str, version: str) -> Figure:
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     figure.suptitle(
-        f"{labels[0]} needs least work for the same error\n"
-        f"work: time x variance of the median layer, over that of {reference}",
+        f"{TITLES[matrix]}: {labels[0]} needs least work for the same error\n"
+        "work: time x variance of the median layer, over that of"
+        f" {'fisher()' if matrix == GAUSS_NEWTON else 'flipout()'}",
         fontsize=11,
     )
     return figure
-
-
-def _relative_work(model: dict[str, Any], reference: str) -> dict[str, float]:
-    """In gradients of each framework, so that their own speed is no part of it."""
-
-    def work(found: dict[str, Any]) -> np.ndarray:
-        return found["gradients"]["median"] * np.square(np.asarray(found["sd"], float))
-
-    contenders = {k: v for k, v in model["contenders"].items() if v.get("sd") is not None}
-    base = work(contenders[reference])
-    return {label: float(np.median(work(found) / base)) for label, found in contenders.items()}

@@ -29,62 +29,46 @@ Estimate = Callable[[int], np.ndarray]
 #: Builds an estimate for a model, or raises what keeps it from working.
 Maker = Callable[[Model], Estimate]
 
-EXACT, QUARTER = "gauss_newton", "flipout joint, a quarter of the batch"
-TEN_PROBES = "hutchinson joint, K=10"
-OURS: dict[str, Estimator] = {
-    "hutchinson joint": hutchinson(1),
-    "hutchinson joint, Gaussian": hutchinson(1, probe="gaussian"),
-    TEN_PROBES: hutchinson(10),
-    "hutchinson block": hutchinson(1, scope="block"),
-    "hutchinson block, Gaussian": hutchinson(1, scope="block", probe="gaussian"),
-    "flipout joint": flipout(1, scope="joint"),
-    "flipout joint, K=10": flipout(10, scope="joint"),
-    "flipout block": flipout(1, scope="block"),
-    "flipout block, K=10": flipout(10, scope="block"),
-    EXACT: gauss_newton(),
+HESSIAN, GAUSS_NEWTON = "hessian", "gauss-newton"
+FISHER, EXACT = "fisher", "gauss_newton"
+#: Ours by matrix. `gauss_newton`, without variance, is in both: in networks of ReLU, which are
+#: linear piece by piece, the two matrices have one trace.
+OURS: dict[str, dict[str, Estimator]] = {
+    HESSIAN: {
+        "hutchinson joint": hutchinson(1),
+        "hutchinson block": hutchinson(1, scope="block"),
+        "flipout joint": flipout(1, scope="joint"),
+        "flipout block": flipout(1, scope="block"),
+        EXACT: gauss_newton(),
+    },
+    GAUSS_NEWTON: {FISHER: fisher(1), "fisher, 10 samples": fisher(10), EXACT: gauss_newton()},
 }
-#: Of the Gauss-Newton matrix; `gauss_newton`, without variance, is in both tables.
-FISHER, TEN_SAMPLES = "fisher", "fisher, 10 samples"
-OF_GAUSS_NEWTON: dict[str, Estimator] = {
-    FISHER: fisher(1),
-    TEN_SAMPLES: fisher(10),
-    EXACT: gauss_newton(),
-}
-#: Labels of all our own rows.
-OWN = (*OURS, QUARTER, *OF_GAUSS_NEWTON)
+#: XTrace makes 16 products a layer: where there are more layers it would take hundreds of
+#: gradients, and is left out.
+XTRACE_LAYERS = 8
 #: The product of a matrix of curvature with v, at a point of which ``merge`` makes parameters.
 Products = Callable[[Model, Callable[[Any], Params], Any, Batch], Callable[[Any], Any]]
 
 
-def ours(estimator: Estimator, part: int = 1) -> Maker:
-    """One of this library's estimators, given the gradient, which a training step has at hand.
+def makers(matrix: str) -> dict[str, Maker]:
+    """Every contender that estimates the matrix's traces in JAX."""
+    products = {HESSIAN: hessian_products, GAUSS_NEWTON: gauss_newton_products}[matrix]
+    return {label: ours(estimator) for label, estimator in OURS[matrix].items()} | {
+        "matfree": _matfree(products),
+        "traceax, a layer at a time": _traceax("hutchinson", products),
+        "traceax XTrace, 16 products": of_few_layers(_traceax("xtrace", products)),
+    }
 
-    With ``part`` it sees one ``part``-th of the batch, other examples for each seed.
-    """
+
+def ours(estimator: Estimator) -> Maker:
+    """One of this library's estimators."""
 
     def make(model: Model) -> Estimate:
-        task = model.task
-        gradient = jax.jit(jax.grad(task.loss_fn))(model.params, model.batch)
-
         def estimate(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-            if part > 1:
-                size = len(batch[0])
-                rows = jax.random.choice(jax.random.fold_in(key, 1), size, (size // part,), False)
-                batch = tuple(array[rows] for array in batch)
-            # Not both: a loss of the batch beside that of an example would be compared with it.
-            if isinstance(estimator, type(hutchinson())):
-                of_loss: dict[str, Any] = {"value_fn": lambda p: task.loss_fn(p, batch)}
-            else:
-                of_loss = {"example_value_fn": task.loss_fn, "batch": batch}
-            found = layer_curvature(
-                params,
-                key,
-                estimator=estimator,
-                example_output_fn=task.output_fn,
-                output_loss_fn=task.output_loss,
-                updates=gradient,
-                **of_loss,
-            )
+            task = model.task.supervised(batch)
+            if not isinstance(estimator, type(hutchinson())):
+                del task["value_fn"]  # it would be compared with the examples' losses
+            found = layer_curvature(params, key, estimator=estimator, **task)
             return found.mean * found.size
 
         return compiled(model, estimate)
@@ -92,24 +76,35 @@ def ours(estimator: Estimator, part: int = 1) -> Maker:
     return make
 
 
-def makers() -> dict[str, Maker]:
-    """Every contender that estimates the Hessian's traces in JAX."""
-    return {label: ours(estimator) for label, estimator in OURS.items()} | {
-        QUARTER: ours(flipout(1, scope="joint"), part=4),
-        "matfree": matfree(1, hessian),
-        "matfree, K=10": matfree(10, hessian),
-        "traceax, v * Hv by layer": _traceax_joint,
-        "traceax, a layer at a time": traceax_blocks("hutchinson", hessian),
-        "traceax XTrace, 16 products": traceax_blocks("xtrace", hessian),
-    }
+def of_few_layers(make: Maker) -> Maker:
+    """Raises where there are many layers."""
+
+    def made(model: Model) -> Estimate:
+        count = len(layer_names(model.params))
+        if count > XTRACE_LAYERS:
+            raise ValueError(f"16 products for each of {count} layers are hundreds of gradients")
+        return make(model)
+
+    return made
 
 
-def hessian(
+def hessian_products(
     model: Model, merge: Callable[[Any], Params], at: Any, batch: Batch
 ) -> Callable[[Any], Any]:
-    """Forwards over backwards, as users write it."""
+    """The function v -> H v, forwards over backwards, as users write it."""
     gradient = jax.grad(lambda x: model.task.loss_fn(merge(x), batch))
     return lambda v: jax.jvp(gradient, (at,), (v,))[1]
+
+
+def gauss_newton_products(
+    model: Model, merge: Callable[[Any], Params], at: Any, batch: Batch
+) -> Callable[[Any], Any]:
+    """The function v -> J^T S J v, which evaluates the network once for all v."""
+    task = model.task
+    outputs, forward = jax.linearize(lambda x: task.output_fn(merge(x), batch), at)
+    backward = jax.linear_transpose(forward, at)
+    gradient = jax.grad(lambda z: task.output_loss(z, batch))
+    return lambda v: backward(jax.jvp(gradient, (outputs,), (forward(v),))[1])[0]
 
 
 def sums_by_layer(model: Model, tree: Params) -> jax.Array:
@@ -142,7 +137,7 @@ def require(package: str) -> None:
         raise ModuleNotFoundError(NOT_INSTALLED)
 
 
-def matfree(num_probes: int, products: Products) -> Maker:
+def _matfree(products: Products) -> Maker:
     """Its Monte-Carlo estimator with signs; the integrand sums v * Hv by layer."""
 
     def make(model: Model) -> Estimate:
@@ -155,7 +150,7 @@ def matfree(num_probes: int, products: Products) -> Maker:
             return sums_by_layer(model, diagonal(matvec, v))
 
         def estimate(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-            sampler = stochtrace.sampler_signs(params, num=num_probes)
+            sampler = stochtrace.sampler_signs(params, num=1)
             estimator = stochtrace.estimator_monte_carlo(integrand, sampler)
             return estimator(products(model, lambda p: p, params, batch), key)
 
@@ -164,28 +159,7 @@ def matfree(num_probes: int, products: Products) -> Maker:
     return make
 
 
-def _signs(traceax: Any) -> Any:
-    """Its default sampler draws integers, which an operator on floats refuses."""
-    return traceax.RademacherSampler(float)
-
-
-def _traceax_joint(model: Model) -> Estimate:
-    """Its sampler and an operator of the whole Hessian; it returns no parts of a trace itself."""
-    require("traceax")
-    import lineax
-    import traceax
-
-    def estimate(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-        flat, unravel = ravel_pytree(params)
-        product = hessian(model, unravel, flat, batch)
-        operator = lineax.FunctionLinearOperator(product, jax.eval_shape(lambda: flat))
-        v = _signs(traceax)(key, flat.size, 1)[:, 0]
-        return sums_by_layer(model, unravel(v * operator.mv(v)))
-
-    return compiled(model, estimate)
-
-
-def traceax_blocks(method: str, products: Products) -> Maker:
+def _traceax(method: str, products: Products) -> Maker:
     """Its estimators, as they are called, on one operator for each layer's Hessian block."""
 
     def make(model: Model) -> Estimate:
@@ -194,8 +168,10 @@ def traceax_blocks(method: str, products: Products) -> Maker:
         import traceax
 
         names = layer_names(model.params)
+        # Its default sampler draws integers, which an operator on floats refuses.
+        signs = traceax.RademacherSampler(float)
         estimator, num_products = {
-            "hutchinson": (traceax.HutchinsonEstimator(_signs(traceax)), 1),
+            "hutchinson": (traceax.HutchinsonEstimator(signs), 1),
             "xtrace": (traceax.XTraceEstimator(), 16),
         }[method]
 

@@ -1,4 +1,4 @@
-"""Estimates of every layer's trace in PyTorch: curvlinops' and PyHessian's own calls."""
+"""Estimates of every layer's trace in PyTorch: curvlinops' and BackPACK's own calls."""
 
 import importlib.util
 import warnings
@@ -9,21 +9,23 @@ import numpy as np
 
 from benchmarks.lab._environment import NOT_INSTALLED
 from benchmarks.lab._models import Model
-from benchmarks.traces._jax import Estimate, Maker
+from benchmarks.traces._jax import GAUSS_NEWTON, HESSIAN, Estimate, Maker, of_few_layers
 
 if TYPE_CHECKING:
     from benchmarks.traces._torch_model import TorchModel
 
 
-def makers() -> dict[str, Maker]:
-    """Every contender that estimates the Hessian's traces in PyTorch."""
-    hessian = "HessianLinearOperator"
-    return {
-        "curvlinops, diagonal by layer": curvlinops_diagonal(hessian),
-        "curvlinops, a layer at a time": curvlinops_blocks(hessian),
-        "PyHessian, v * Hv by layer": _in_torch("pyhessian", _pyhessian(1)),
-        "PyHessian, K=10": _in_torch("pyhessian", _pyhessian(10)),
+def makers(matrix: str) -> dict[str, Maker]:
+    """Every contender that estimates the matrix's traces in PyTorch."""
+    operator = {HESSIAN: "HessianLinearOperator", GAUSS_NEWTON: "GGNLinearOperator"}[matrix]
+    found = {
+        "curvlinops, diagonal by layer": _curvlinops_diagonal(operator),
+        "curvlinops, a layer at a time": _curvlinops_blocks(operator, "hutchinson_trace", 1),
+        "curvlinops XTrace, 16 products": of_few_layers(_curvlinops_blocks(operator, "xtrace", 16)),
     }
+    if matrix == GAUSS_NEWTON:
+        found["BackPACK, diagonal by layer"] = backpack_diagonal()
+    return found
 
 
 def gradient(model: Model) -> Callable[[], object]:
@@ -64,7 +66,7 @@ def _operator(kind: str, model: "TorchModel", parameters: list[Any]) -> Any:
     )
 
 
-def curvlinops_diagonal(kind: str) -> Maker:
+def _curvlinops_diagonal(kind: str) -> Maker:
     """Its Hutchinson diagonal of the whole matrix, summed by layer."""
 
     def make(model: "TorchModel") -> Callable[[], list[float]]:
@@ -81,7 +83,7 @@ def curvlinops_diagonal(kind: str) -> Maker:
     return _in_torch("curvlinops", make)
 
 
-def curvlinops_blocks(kind: str, method: str = "hutchinson_trace", products: int = 1) -> Maker:
+def _curvlinops_blocks(kind: str, method: str, products: int) -> Maker:
     """Its estimators of the trace, of each layer's own operator."""
 
     def make(model: "TorchModel") -> Callable[[], list[float]]:
@@ -125,33 +127,3 @@ def backpack_diagonal() -> Maker:
         return estimate
 
     return _in_torch("backpack", make)
-
-
-def _pyhessian(num_probes: int) -> Callable[["TorchModel"], Callable[[], list[float]]]:
-    """Its product with the Hessian and its signs; its own trace adds all layers up."""
-
-    def make(model: "TorchModel") -> Callable[[], list[float]]:
-        import torch
-        from pyhessian import hessian
-        from pyhessian.utils import hessian_vector_product
-
-        number = {id(p): i for i, layer in enumerate(model.layers.values()) for p in layer}
-
-        def estimate() -> list[float]:
-            model.network.zero_grad(set_to_none=True)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # create_graph's reference cycle
-                data = (model.inputs, model.targets)
-                found = hessian(model.network, model.criterion, data=data, cuda=False)
-            traces = [0.0] * len(model.layers)
-            for _ in range(num_probes):
-                probe = [torch.randint_like(p, high=2) * 2 - 1 for p in found.params]
-                product = hessian_vector_product(found.gradsH, found.params, probe)
-                for p, v, hv in zip(found.params, probe, product, strict=True):
-                    traces[number[id(p)]] += float(torch.sum(v * hv)) / num_probes
-            model.network.zero_grad(set_to_none=True)
-            return traces
-
-        return estimate
-
-    return make

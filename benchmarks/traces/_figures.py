@@ -76,7 +76,7 @@ def _work(matrix: str, models: dict[str, Any]) -> Figure:
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     figure.suptitle(
-        f"{TITLES[matrix]}: {labels[0]} needs least work for the same error\n"
+        f"{TITLES[matrix]}: {labels[0]} needs least work for the same error, where it runs\n"
         "work: time x variance of the median layer, over that of"
         f" {'fisher()' if matrix == GAUSS_NEWTON else 'flipout()'}",
         fontsize=11,

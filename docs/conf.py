@@ -57,6 +57,7 @@ mathjax_path = "tex-svg.js"
 #: Files of the repository that are pages here.
 PAGES = {
     "../benchmarks/README.md": "benchmarks.md",
+    "../benchmarks/RESULTS.md": "RESULTS.md",
     "../CONTRIBUTING.md": "contributing.md",
     "../CHANGELOG.md": "changelog.md",
 }

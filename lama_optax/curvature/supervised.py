@@ -129,8 +129,12 @@ class _Task:
         if weights is None:
             return _LOSSES[self.loss][0](outputs, targets), None
         # Padding may hold anything, such as the class -100, whose loss is NaN.
-        padded = _expanded(weights == 0, targets).astype(bool)
-        losses = _LOSSES[self.loss][0](outputs, jnp.where(padded, 0, targets))
+        if self.loss == "softmax_cross_entropy":
+            wrong = (targets < 0) | (targets >= outputs.shape[-1])
+        else:
+            wrong = ~jnp.isfinite(targets)
+        wrong &= _expanded(weights == 0, targets).astype(bool)
+        losses = _LOSSES[self.loss][0](outputs, jnp.where(wrong, 0, targets))
         return losses, _expanded(weights, losses)
 
 

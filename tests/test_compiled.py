@@ -185,7 +185,7 @@ def flipouts_joint(num_probes):
     estimator = flipout(num_probes, scope="joint")
     fn = jax.jit(
         lambda p: layer_curvature(
-            p, 0, estimator=estimator, example_value_fn=example_loss, batch=BATCH
+            p, 0, estimator=estimator, example_value_fn=example_loss, batch=BATCH, updates=p
         )
     )
     return fn.lower(PARAMS).compile()

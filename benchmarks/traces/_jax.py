@@ -61,14 +61,16 @@ def makers(matrix: str) -> dict[str, Maker]:
 
 
 def ours(estimator: Estimator) -> Maker:
-    """One of this library's estimators."""
+    """One of this library's estimators, given the gradient, which a training step has at hand."""
 
     def make(model: Model) -> Estimate:
+        gradient = jax.jit(jax.grad(model.value_fn))(model.params)
+
         def estimate(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
             task = model.task.supervised(batch)
             if not isinstance(estimator, type(hutchinson())):
                 del task["value_fn"]  # it would be compared with the examples' losses
-            found = layer_curvature(params, key, estimator=estimator, **task)
+            found = layer_curvature(params, key, estimator=estimator, updates=gradient, **task)
             return found.mean * found.size
 
         return compiled(model, estimate)

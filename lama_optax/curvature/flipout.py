@@ -23,7 +23,12 @@ from lama_optax._jaxpr.second_derivatives import second_derivatives
 from lama_optax.curvature.examples import check_mean
 from lama_optax.curvature.hutchinson import hutchinson
 from lama_optax.curvature.probes import signs
-from lama_optax.curvature.protocol import LayerCurvature, has_custom_vjp, standard_error
+from lama_optax.curvature.protocol import (
+    LayerCurvature,
+    has_custom_vjp,
+    of_each_device,
+    standard_error,
+)
 from lama_optax.curvature.signed_loss import SignedLoss, example_signs
 from lama_optax.layers import Layers, LayerSpec, resolve_layers
 
@@ -60,6 +65,9 @@ class _Flipout:
         if has_custom_vjp(loss.primitives):
             whole = hutchinson(self.num_probes, scope=self._scope(layers))
             return whole.estimate(key, params, layers, value_fn=loss.mean(batch))
+        if updates is None and self._scope(layers) == "joint":
+            gradient = channels_last(jax.grad(loss.mean(batch)), loss.primitives)
+            updates = gradient(of_each_device(params, (params, batch, loss.closed.consts)))
 
         def sample(probe_key: jax.Array) -> tuple[jax.Array, jax.Array]:
             return self._sample(probe_key, params, batch, loss, updates)
@@ -227,9 +235,10 @@ def flipout(num_probes: int = 1, *, scope: str | None = None) -> _Flipout:
     Args:
       num_probes: K, the number of probes for each example; static. They take turns, in the memory
         of one.
-      scope: ``"joint"``: all layers at once, whatever the depth; with the gradient as ``updates``,
-        which an optimizer adds by itself, each layer's probe is scaled by about one over the norm
-        of its gradient, so that no layer drowns in the noise of others. ``"block"``: one layer at a
+      scope: ``"joint"``: all layers at once, whatever the depth. Each layer's probe is scaled by
+        about one over the norm of its gradient, so that no layer drowns in the noise of others. An
+        optimizer passes its gradient on, as ``updates``; without one it is computed, which costs
+        one gradient more. ``"block"``: one layer at a
         time, without that noise; cost and compile time grow with the number of layers. None:
         ``"block"`` up to 8 layers.
 

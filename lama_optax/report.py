@@ -171,7 +171,13 @@ def _states(opt_state: PyTree, kinds: Any) -> list[Any]:
 
 def _on_host(state: Any) -> Any:
     """From leaves, since nnx.Optimizer wraps every array of its state."""
-    return type(state)(*jax.device_get(jax.tree.leaves(state)))
+    state = type(state)(*jax.device_get(jax.tree.leaves(state)))
+    if np.ndim(state.count):
+        raise ValueError(
+            f"opt_state must be one model's; got {np.shape(state.count)} of them, as jax.vmap makes"
+            " them. Report each: layer_report(jax.tree.map(lambda x: x[i], opt_state), params)."
+        )
+    return state
 
 
 def _partition(layers: LayerSpec, params: PyTree, num_layers: int, owner: str) -> Layers:

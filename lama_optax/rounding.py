@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lama_optax._allocation import Alone, Point, Table, squared_change
-from lama_optax._checks import check_count
+from lama_optax._checks import check_count, check_number
 from lama_optax.curvature.protocol import LayerCurvature
 from lama_optax.layers import Layers, LayerSpec, resolve_layers
 
@@ -336,6 +336,8 @@ def _budget(mean_bits: float | None, size_bytes: int | None, table: Table) -> fl
             f" size_bytes={size_bytes!r}."
         )
     if mean_bits is not None:
+        check_number("mean_bits", mean_bits, "a number of at least 0", low=0)
         return float(mean_bits) * int(table.counts.sum())
+    check_count("size_bytes", size_bytes)
     assert size_bytes is not None
     return 8.0 * size_bytes

@@ -48,6 +48,11 @@ LAMA = {
     "max_momentum": ("None or in [0, 1)", [1.0, -0.1, nan, inf, "0.9", np.ones(1)]),
     "momentum": ("one of 'paper', 'ema'", ["adam", "", None, 1]),
     "layers": ("one of 'module', 'leaf'", ["block", ""]),
+    "axis_name": ("None or the name of a mapped axis", [0, 1.5]),
+    "key": (
+        "an integer seed, one typed PRNG key or the raw data of one",
+        [1.5, None, "0", True, np.ones(2)],
+    ),
     "estimator": ("a record with an `estimate` method", [hutchinson, None, "exact", loss, 3]),
 }
 LAM = {
@@ -120,6 +125,11 @@ def test_traced_half_precision_decay(argument, dtype):
     message = rf"{argument} came as {dtype}.*hyperparam_dtype=jnp\.float32"
     with pytest.raises(ValueError, match=message):
         jax.jit(lambda x: lama_scale(**{argument: x}).init(PARAMS))(jnp.asarray(0.5, dtype))
+
+
+def test_traced_number_that_is_none():
+    with pytest.raises(ValueError, match="sensitivity must be a finite number; got"):
+        jax.jit(lambda x: lama_scale(sensitivity=x).init(PARAMS))(jnp.ones(2))
 
 
 # The loss function.

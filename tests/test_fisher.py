@@ -330,6 +330,13 @@ def test_bad_losses(losses, message):
         layer_curvature({"w": jnp.ones(3)}, 0, estimator=fisher(), sampled_losses_fn=losses)
 
 
+def test_a_negative_weight_makes_the_estimate_unknown():
+    losses = lambda p, key: (p["w"], jnp.asarray([1.0, -1.0, 1.0]))  # noqa: E731
+    with jax.debug_nans(False):
+        found = layer_curvature({"w": jnp.ones(3)}, 0, estimator=fisher(), sampled_losses_fn=losses)
+    assert jnp.isnan(found.mean).all()
+
+
 def test_losses_that_sum_over_devices():
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
 

@@ -112,3 +112,14 @@ def test_a_value_fn_of_another_loss_is_told(estimator):
     for other in others:
         np.testing.assert_allclose(other, plain, rtol=1e-6)
     assert np.isnan(centred).all()  # a compiled program cannot raise
+
+
+def test_a_loss_with_aux_is_named_by_its_argument():
+    with pytest.raises(ValueError, match=r"example_value_fn must return a scalar.*value alone"):
+        layer_curvature(
+            {"w": jnp.ones(3)},
+            0,
+            estimator=flipout(),
+            example_value_fn=lambda p, x: (jnp.sum(p["w"] * x), {}),
+            batch=jnp.ones((2, 3)),
+        )

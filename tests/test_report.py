@@ -194,6 +194,12 @@ def test_layers_that_are_not_the_optimizers():
         layer_report(lama_scale().init(PARAMS), PARAMS, "block")
 
 
+def test_a_state_of_many_models():
+    states = jax.vmap(lambda _: track_curvature().init(PARAMS))(jnp.arange(3))
+    with pytest.raises(ValueError, match=r"opt_state must be one model's; got \(3,\) of them"):
+        layer_report(states, PARAMS)
+
+
 def test_params_of_another_structure():
     with pytest.raises(ValueError, match=r"params must .* that opt_state was made for"):
         layer_report(lama_scale().init(PARAMS), PARAMS["Dense_0"])

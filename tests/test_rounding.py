@@ -181,6 +181,8 @@ def test_stacked_layers_have_widths_of_their_own():
     [
         ({}, "one of mean_bits and size_bytes"),
         ({"mean_bits": 4, "size_bytes": 9}, "one of mean_bits and size_bytes"),
+        ({"mean_bits": np.nan}, "mean_bits must be a number of at least 0; got nan"),
+        ({"size_bytes": 2.5}, "size_bytes must be an integer of at least 1; got 2.5"),
         ({"mean_bits": 4, "bits": (1, 4)}, "bits must be integers from 2 to 16"),
         ({"mean_bits": 4, "layers": "leaf"}, "layer_report of the same layers"),
         ({"mean_bits": 4, "value_fn": lambda p: jnp.nan}, "value_fn must be finite"),

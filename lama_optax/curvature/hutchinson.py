@@ -182,7 +182,7 @@ def hutchinson(
       scope: ``"joint"``: one probe over all layers, K products in all; the other layers' entries
         add noise. ``"block"``: one layer at a time, no noise from the others: K L products.
       chunk_size: how many probes are vmapped at once; the others wait in a loop. Changes memory
-        and speed only. None: one, the least memory and on a CPU the fastest.
+        and speed only. None: one, the least memory.
       has_aux: whether ``value_fn`` returns ``(value, aux)``.
 
     Returns:

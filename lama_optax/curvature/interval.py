@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lama_optax._checks import check_count
-from lama_optax.curvature.protocol import as_typed_key, of_each_device
+from lama_optax.curvature.protocol import as_typed_key, check_key, of_each_device
 from lama_optax.layers import Layers, LayerSpec, check_layers, resolve_layers
 
 PyTree = Any
@@ -28,7 +28,12 @@ class Interval:
     def __post_init__(self) -> None:
         check_layers(self.layers)
         check_count("update_interval", self.update_interval)
+        if not isinstance(self.axis_name, str | tuple | None):
+            raise ValueError(
+                f"axis_name must be None or the name of a mapped axis; got {self.axis_name!r}."
+            )
         # The key is made at `init`: a construction must not wake JAX's devices.
+        check_key(self.key)
 
     def raw_key(self) -> jax.Array:
         """Raw, since typed keys break checkpoints; in a buffer of its own."""

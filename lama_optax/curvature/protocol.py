@@ -62,22 +62,27 @@ def check_estimator(estimator: Any) -> None:
         )
 
 
-def as_typed_key(key: int | jax.Array) -> jax.Array:
-    """A typed PRNG key from a seed, raw key data or a typed key."""
+def check_key(key: Any) -> None:
+    """Raises `ValueError` unless ``key`` is a seed, raw key data or a typed key."""
     if isinstance(key, int | np.integer) and not -(2**31) <= key < 2**32:
         # Without 64 bits JAX drops those above: 2^32 would draw what 0 draws.
         raise ValueError(f"key must be a seed of 32 bits, in [-2^31, 2^32); got {key!r}.")
     if isinstance(key, int | np.integer | np.ndarray | jax.Array) and not isinstance(key, bool):
         dtype, shape = jnp.result_type(key), jnp.shape(key)
-        if shape == () and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-            return jnp.asarray(key)
-        if shape == () and jnp.issubdtype(dtype, jnp.integer):
-            return jax.random.key(key)
-        if len(shape) == 1 and dtype == jnp.uint32:
-            return jax.random.wrap_key_data(jnp.asarray(key))
+        is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key) or jnp.issubdtype(dtype, jnp.integer)
+        if (shape == () and is_key) or (len(shape) == 1 and dtype == jnp.uint32):
+            return
     raise ValueError(
         f"key must be an integer seed, one typed PRNG key or the raw data of one; got {key!r}."
     )
+
+
+def as_typed_key(key: int | jax.Array) -> jax.Array:
+    """A typed PRNG key from a seed, raw key data or a typed key."""
+    check_key(key)
+    if jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+        return jnp.asarray(key)
+    return jax.random.wrap_key_data(jnp.asarray(key)) if jnp.ndim(key) else jax.random.key(key)
 
 
 def standard_error(samples: jax.Array) -> jax.Array | None:
@@ -149,13 +154,17 @@ def unreduced(name: str, out: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
     if weights is None:
         return losses, jnp.ones_like(losses)
     weights = jax.lax.stop_gradient(jnp.asarray(weights, dtype))
+    weights = jnp.where(weights < 0, jnp.nan, weights)  # nothing is known of a negative one
     return jnp.where(weights > 0, losses, 0), weights  # padding may hold anything
 
 
 def scalar_objective(
-    value_fn: Callable[[PyTree], Any] | None, params: PyTree, has_aux: bool
+    value_fn: Callable[[PyTree], Any] | None,
+    params: PyTree,
+    has_aux: bool,
+    name: str = "value_fn",
 ) -> Callable[[PyTree], jax.Array]:
-    """``value_fn``, checked and without its auxiliary output."""
+    """``value_fn``, which users know by ``name``, checked and without its auxiliary output."""
     if value_fn is None:
         raise ValueError(
             "value_fn is missing: the curvature is estimated from it. Pass the loss as a function"
@@ -174,7 +183,7 @@ def scalar_objective(
             value = value_fn(p)
         except Exception as error:
             error.add_note(
-                "lama_optax: raised while value_fn was evaluated on params of structure"
+                f"lama_optax: raised while {name} was evaluated on params of structure"
                 f" {jax.tree.structure(p)} alone: bind what else it takes, value_fn=lambda p:"
                 " loss_fn(p, batch). If a wrapper such as optax.flatten has reshaped params, leave"
                 " it out: it hides the layers."
@@ -185,10 +194,13 @@ def scalar_objective(
                 f"value_fn must return (value, aux) with has_aux=True; got {type(value)}."
             )
         if isinstance(value, tuple) and not has_aux:
-            raise ValueError(
-                "value_fn must return a scalar; it returned a tuple. If that is (value, aux), use"
-                " has_aux=True, for instance estimator=hutchinson(has_aux=True)."
-            )
+            remedy = "If that is (value, aux), return the value alone."
+            if name == "value_fn":
+                remedy = (
+                    "If that is (value, aux), use has_aux=True, for instance"
+                    " estimator=hutchinson(has_aux=True)."
+                )
+            raise ValueError(f"{name} must return a scalar; it returned a tuple. {remedy}")
         value = value[0] if has_aux else value
         found = f"{type(value)}"
         if jax.tree_util.all_leaves([value]):
@@ -196,8 +208,8 @@ def scalar_objective(
             if jnp.shape(value) == () and jnp.issubdtype(jnp.result_type(value), jnp.floating):
                 return jnp.asarray(value)
         raise ValueError(
-            f"value_fn must return a real floating-point scalar; got {found}. Reduce the loss over"
-            " the batch, for instance with jnp.mean."
+            f"{name} must return a real floating-point scalar; got {found}. Reduce the loss, for"
+            " instance with jnp.mean."
         )
 
     return objective

@@ -44,7 +44,9 @@ class SignedLoss:
         check_visible("example_value_fn", params)
 
         def value(p: PyTree, example: PyTree) -> jax.Array:
-            objective = scalar_objective(lambda p: example_value_fn(p, example), p, has_aux=False)
+            objective = scalar_objective(
+                lambda p: example_value_fn(p, example), p, has_aux=False, name="example_value_fn"
+            )
             return objective(p).astype(layers.dtype)
 
         self._value = value

@@ -283,6 +283,7 @@ def test_wrong_options_are_named(option, value, capsys):
 def test_quick_run(tmp_path):
     assert main(["--quick", "--workloads", "pinn,cartpole", "--results", str(tmp_path)]) == 0
     text = (tmp_path / "RESULTS.md").read_text()
-    for phrase in ("LAMA minus AdamW", "AdamW minus AdamW again", "forest.png", "1-b1"):
+    for phrase in ("LAMA minus AdamW", "AdamW minus AdamW again", "forest.png", "results.txt"):
         assert phrase in text
+    assert "1-b1" in (tmp_path / "results.txt").read_text()
     assert (tmp_path / "tuning.png").stat().st_size > 0

@@ -10,7 +10,7 @@ from fuzz.program import PARTS, program
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-NUM_PROGRAMS = 220
+NUM_PROGRAMS = 110  # each part stands in seven of them or more
 # Few that compile fast; all others run in `make test-all`.
 QUICK = (18,)
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 def check_number(
     name: str, value: Any, allowed: str, *, low: float = -np.inf, high: float = np.inf
 ) -> None:
-    """Raises `ValueError` unless ``value`` is traced, a scalar, or a number in ``[low, high)``."""
+    """Raises `ValueError` unless ``value`` is a traced scalar or in ``[low, high)``."""
     if high == 1 and isinstance(value, jax.Array) and value.dtype.itemsize < 4:
         raise ValueError(
             f"{name} came as {value.dtype}, which rounds decays such as 0.999 to 1. Pass"
